@@ -1,0 +1,827 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "transformers>=5.0", "datasets>=4.0", "tqdm>=4.60"]
+# ///
+"""Context-parametric inversion in one file (Goyal, Baek, Kolter, Raghunathan; arXiv 2410.10796).
+
+Instruction finetuning first raises and then lowers how much a language model relies on its input
+context when that context contradicts what it memorised in pretraining. This script finetunes a
+causal LM, asks it questions with counterfactual contexts every few steps, and draws the curve:
+
+    python inversion.py --model EleutherAI/pythia-1b --dataset alpaca --eval-set world_facts squad
+    python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
+    python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
+    python inversion.py --model ./my-llama --dataset tulu --dry-run          # look, then stop
+
+Read it top to bottom: flags, data, mitigations, evaluation, training, report, main. Two plain
+records carry everything, whatever the source:
+    example   {id, context, instruction, response} (single turn) or {id, messages} (chat)
+    conflict  {id, context, question, context_answers, parametric_answers, group}
+"""
+import argparse
+import ast
+import collections
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import jinja2
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------- flags
+FLAGS = [  # (flag, default, type or choices, help); a list as default takes several; text: a group
+    "what runs",
+    ("--model", None, str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B)"),
+    ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, hub id or file; NAME@SPLIT"),
+    ("--eval-set", ["world_facts"], str, "capitals, bio, quotes, nq_swap, squad, hub ids or files"),
+    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
+     "single-turn rows, else the tokenizer's own chat template, else tulu"),
+    ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
+    ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
+    "remedy (section 6)",
+    ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
+     "redundant context; counterfactual: add rows; qk: train query and key matrices only"),
+    ("--mitigation-strength", None, float, "share of the rows with a context that filter drops "
+     "(paper: 0.25) or share of all rows that counterfactual adds (paper: 0.10)"),
+    ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
+    "training",
+    ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
+    ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
+    ("--epochs", 2.0, float, "passes over the rows (paper: up to 2)"),
+    ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
+    ("--lr", 1e-5, float, "peak learning rate, decays linearly to 0 (paper: 1e-4 or 1e-5)"),
+    ("--warmup-frac", 0.03, float, "share of the steps that warm up linearly (paper: 0.03)"),
+    ("--weight-decay", 0.0, float, "AdamW's decay of the weight matrices (paper: 0)"),
+    ("--grad-clip", 1.0, float, "largest gradient norm; 0 never clips (paper: not stated)"),
+    ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
+    "evaluation",
+    ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
+    ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
+    ("--eval-batch-size", 32, int, "prompts generated together"),
+    ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
+    "machine and files",
+    ("--device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
+    ("--dtype", "auto", ["auto", "bf16", "fp32"], "arithmetic (weights stay fp32); auto: bf16 on CUDA"),
+    ("--seed", 0, int, "order of the rows and every random draw"),
+    ("--out-dir", None, str, "new folder for the run; None: runs/MITIGATION, then -2, -3, ..."),
+    ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model"),
+    ("--dry-run", False, bool, "load, tokenise, show samples and a memory estimate, then stop")]
+STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
+
+def require(holds, message, status=2):
+    """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
+    if not holds:
+        print(f"inversion.py: error: {message}", file=sys.stderr)
+        raise SystemExit(status)
+
+def brief(error):
+    """First line of an exception's text, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+def parse_args(argv=None):
+    """Namespace of the flags above; exits with status 2 on values that cannot work."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for entry in FLAGS:
+        if isinstance(entry, str):
+            group = parser.add_argument_group(entry)
+            continue
+        flag, default, kind, text = entry
+        how = (dict(action="store_true") if kind is bool else
+               dict(choices=kind) if isinstance(kind, list) else
+               dict(type=kind, nargs="+" if isinstance(default, list) else None))
+        group.add_argument(flag, default=default, help=text, **how)
+    args = parser.parse_args(argv)
+    require(args.model, "--model is missing: pass a hub id or a local folder")
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            least = int(type(value) is int and name not in ("max_steps", "seed"))
+            require(least <= value < math.inf,
+                    f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    require(args.micro_batch_tokens >= args.max_length, f"--micro-batch-tokens {args.micro_batch_tokens} "
+            f"cannot hold one row of --max-length {args.max_length}: raise the one or lower the other")
+    if args.device == "auto":
+        args.device = ("cuda" if torch.cuda.is_available() else
+                       "mps" if torch.backends.mps.is_available() else "cpu")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device.startswith("cuda") else "fp32"
+    args.mitigation_strength = args.mitigation_strength or STRENGTH.get(args.mitigation)
+    return args
+
+# ------------------------------------------------------------------- data: rows of known shapes
+PAPER = ("https://raw.githubusercontent.com/locuslab/context-parametric-inversion/"
+         "6f989849656f433d4520eaf0b9af6e3bb6a7ae70/")
+NAMES = {  # short name: (hub id, split) or (the paper's file, first digits of its sha256)
+    "alpaca": ("tatsu-lab/alpaca", "train"), "tulu": ("allenai/tulu-v2-sft-mixture", "train"),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft"),
+    "world_facts": (PAPER + "world_facts.json", "a040ca190e4b3517"),
+    "capitals": (PAPER + "country_capitals_only.json", "c4c2b090a863bd49"),
+    "bio": (PAPER + "famous_biographies.jsonl", "d08c6f1cc388d627"),
+    "quotes": ("Albertmade/memo-trap", "train"), "nq_swap": ("pminervini/NQ-Swap", "dev"),
+    "squad": ("rajpurkar/squad", "validation")}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+def load_rows(name):
+    """Rows of a short name, hub id or file as a `datasets.Dataset`; NAME@SPLIT picks a split."""
+    import datasets  # 0.8 s: only when rows are loaded
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
+    short, _, split = (name, "", "") if Path(name).exists() else name.partition("@")
+    source, detail = NAMES.get(short, (short, "train"))
+    kind = FILE_TYPES.get(Path(source).suffix)
+    require("/" in source or Path(source).exists(), f"{name}: no such file or folder, no hub id and "
+            f"none of {', '.join(NAMES)}")
+    try:
+        if source.startswith(PAPER):
+            url, source = source, Path(torch.hub.get_dir(), "context-parametric-inversion", Path(source).name)
+            source.parent.mkdir(parents=True, exist_ok=True)
+            if not source.exists():
+                torch.hub.download_url_to_file(url, source, hash_prefix=detail, progress=False)
+        texts = dict(keep_default_na=False) if kind == "csv" else {}  # "NA" and "" are texts
+        return (datasets.load_dataset(kind, data_files=str(source), split="train", **texts) if kind
+                else datasets.load_dataset(source, split=split or detail))
+    except Exception as error:  # of many types; a file without rows is StopIteration or ValueError
+        require(not (isinstance(error, StopIteration) or "no data" in str(error)), f"{name}: no rows")
+        require(not kind or Path(source).exists() or short in NAMES, f"{name}: no such file")
+        remedy = ("" if Path(source).exists() else
+                  f"; fetch {source} where the hub can be reached and pass the local file or folder")
+        require(False, f"{name}{broken_line(source)}: cannot be loaded "
+                f"({brief(error.__cause__ or error)}){remedy}")
+
+def broken_line(path):
+    """', line N' of the first line of a JSONL file that is no JSON, else ''."""
+    lines = Path(path).read_bytes().split(b"\n") if str(path).endswith(".jsonl") else []
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line.strip() or "null")
+        except ValueError:
+            return f", line {number}"
+    return ""
+
+def field(row, key, where, kind=str):
+    """row[key], stripped if a text; exits naming file, row and key if missing or mistyped."""
+    value = row.get(key) if isinstance(row, dict) else None
+    require(isinstance(value, kind), f"{where}: key {key!r} is " + (
+        "missing" if value is None else f"a {type(value).__name__}, which it must not be"))
+    return value.strip() if kind is str else value
+
+def to_example(row, where):
+    """One finetuning row of any known shape as an example record, still without id."""
+    get = lambda key, kind=str: field(row, key, where, kind)
+    if row.get("data") is not None:  # UltraChat as first released: user, assistant, user, ...
+        roles = itertools.cycle(["user", "assistant"])
+        row = dict(messages=[dict(role=next(roles), content=text) for text in get("data", list)])
+    if row.get("messages") is not None:
+        messages = [dict(role=field(m, "role", where), content=field(m, "content", where))
+                    for m in get("messages", list)]
+        for role in {m["role"] for m in messages} - {"system", "user", "assistant"}:
+            require(False, f"{where}: key 'role' is {role!r}, not system, user or assistant")
+        return dict(messages=messages)
+    if "completion" in row:
+        return dict(context="", instruction=get("prompt"), response=get("completion"))
+    require({"instruction", "output"} & set(row),
+            f"{where}: key 'instruction', 'messages', 'data' or 'completion' is missing")
+    return dict(context="" if row.get("input") is None else get("input"),
+                instruction=get("instruction"), response=get("output"))
+
+def load_examples(args):
+    """Example records of --dataset; ids count the source's rows from 1."""
+    rows = load_rows(args.dataset)
+    ids = range(len(rows))
+    if args.num_examples and args.num_examples < len(rows):  # drawn: mixtures are sorted by source
+        ids = sorted(random.Random(args.seed).sample(ids, args.num_examples))
+    return [dict(id=i + 1, **to_example(row, f"{args.dataset}, row {i + 1}"))
+            for i, row in zip(ids, rows.select(ids))]
+
+def to_conflicts(row, where):
+    """Yield (context, question, context answers, parametric answers) of one row of any shape."""
+    get = lambda key, kind=str: field(row, key, where, kind)
+    texts = lambda key, values: [field({key: value}, key, where) for value in values]
+    if "paragraphs" in row or "data" in row:  # SQuAD as released: titles, paragraphs, questions
+        for title in [row] if "paragraphs" in row else get("data", list):
+            for paragraph in field(title, "paragraphs", where, list):
+                for qa in field(paragraph, "qas", where, list):
+                    yield from to_conflicts(dict(qa, context=paragraph.get("context")), where)
+    elif "classes" in row:  # memo-trap: an instruction with the odd ending, then a famous quote
+        classes, right = get("classes", (list, str)), str(get("answer_index", (int, str)))
+        try:  # the raw files hold a Python list as a text
+            classes = ast.literal_eval(classes) if isinstance(classes, str) else classes
+        except (SyntaxError, ValueError):
+            classes = []
+        require(len(classes) == 2 and right in ("0", "1"),
+                f"{where}: keys 'classes' and 'answer_index' must be two texts and 0 or 1")
+        context, _, question = get("prompt").rpartition('": ')
+        right, wrong = texts("classes", classes if right == "0" else classes[::-1])
+        yield context + '":', question, [right], [wrong]
+    elif "sub_context" in row:  # NQ-Swap: the answers are mentions of one thing
+        yield (get("sub_context"), get("question"), texts("sub_answer", get("sub_answer", list)),
+               texts("org_answer", get("org_answer", list)))
+    elif "answers" in row:  # SQuAD: the context is true, so there is no parametric answer
+        answers = get("answers", (dict, list))
+        answers = (texts("answers", field(answers, "text", where, list)) if isinstance(answers, dict)
+                   else [field(answer, "text", where) for answer in answers])
+        yield get("context"), get("question"), answers, []
+    else:  # the paper's files: CF_Bio (whose answers are people) says parametric, the others memory
+        memory = "parametric_answer" if "parametric_answer" in row else "memory_answer"
+        yield (get("context"), get("question"), *(
+            aliases(get(key), memory == "parametric_answer") for key in ("answer", memory)))
+
+def aliases(answer, person=False):
+    """Texts that count as `answer`: 'La Paz (administrative); Sucre (judicial)' -> La Paz, Sucre;
+    also a name in brackets, what stands before a comma, and a person's last name."""
+    parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
+    plain = [re.sub(r" *\(.*?\)", "", part) for part in parts]
+    heads = [part.split(", ")[0] for part in plain]
+    last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
+    return list(dict.fromkeys(plain + heads + re.findall(r"\(([A-Z][^)]*)\)", answer) + last))
+
+def load_conflicts(name, limit=None):
+    """Conflict records of one set; what cannot be scored is dropped, counted and printed."""
+    found, notes, seen = [], collections.Counter(), set()
+    short = lambda mine, rival: [a for i, a in enumerate(mine) if words(a) and not (
+        i and any(find(words(a), words(r)) for r in rival[:1]))]  # no alias may name the rival
+    for number, row in enumerate(load_rows(name), 1):
+        for context, question, right, memory in to_conflicts(row, f"{name}, row {number}"):
+            right, memory = short(right, memory), short(memory, right)
+            scored = [a for a in memory if not find(words(a), words(question))]
+            why = ("dropped: no answer" if not right or not question else
+                   "dropped: repeated" if (context, question, *right) in seen else
+                   "dropped: both answers read the same" if words(right[0]) in map(words, memory)
+                   else "never count as parametric: their question holds that answer"
+                   if memory and not scored else "")
+            notes[why] += 1
+            seen.add((context, question, *right))
+            if not why.startswith("dropped"):
+                found.append(dict(id=notes.total(), context=context, question=question,
+                                  context_answers=right, parametric_answers=scored, group=question))
+    require(found, f"{name}: no usable evaluation item {dict(notes) or ''}")
+    if limit and limit < len(found):
+        found = [found[i] for i in sorted(random.Random(0).sample(range(len(found)), limit))]
+    print(f"{name}: {len(found)} of {notes.total()} items",
+          *(f"{n} {why}" for why, n in notes.items() if why), sep="; ")
+    return found
+
+# ---------------------------------------------------------------- data: templates and token lists
+TEMPLATES = {"chat": None, "alpaca": (  # jinja, like a tokenizer's; None is the tokenizer's own
+    "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('more than one turn') }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}Below is an instruction "
+    "that describes a task{% if m.context %}, paired with an input that provides further context"
+    "{% endif %}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{{ m.content }}\n\n{% if m.context %}### Input:\n{{ m.context }}\n\n{% endif %}### Response:"
+    "{% endif %}{% endfor %}"), "tulu": (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
+
+def ask(context, question, template=None):
+    """A question as messages: its context stands before it, in one text. Stanford's template alone
+    has a place of its own for the input of Alpaca's rows, after the instruction."""
+    if template == "alpaca":
+        return [dict(role="user", content=question, context=context)]
+    return [dict(role="user", content="\n\n".join(filter(None, [context, question])))]
+
+def tokenize(messages, template, tokenizer):
+    """[(token ids, supervised)] of a conversation in order, or the reason (str) why the template
+    cannot hold it. What precedes the first response is the prompt. Parts are tokenised apart, so
+    its ids are the same at training and evaluation, whatever follows."""
+    show = lambda part, **kw: tokenizer.apply_chat_template(
+        part, chat_template=TEMPLATES[template], tokenize=False, **kw)
+    ids = lambda text: tokenizer(text, add_special_tokens=not parts).input_ids  # BOS in the first
+    parts, done = [], ""
+    if not messages or messages[0]["role"] == "assistant":
+        return "no turn before the first response"
+    try:
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if not message["content"]:
+                return "an empty response"
+            prompt, full = show(messages[:i], add_generation_prompt=True), show(messages[:i + 1])
+            if not (prompt.startswith(done) and full.startswith(prompt)):
+                return "the template rewrites earlier turns"
+            parts.append((ids(prompt[len(done):]), False))
+            response = full[len(prompt):].rstrip()  # up to the token that ends the turn
+            ends = not response.endswith(message["content"])  # else it would never learn to stop
+            parts.append((ids(response) + [tokenizer.eos_token_id] * (not ends), True))
+            done = prompt + response
+        if not parts:  # an evaluation prompt
+            parts = [(ids(show(messages, add_generation_prompt=True)), False)]
+    except jinja2.TemplateError as error:
+        if messages[0]["role"] == "system" and len(messages) > 1:  # refused: fold it into the next
+            user = dict(messages[1], content="\n\n".join(m["content"] for m in messages[:2]))
+            return tokenize([user] + messages[2:], template, tokenizer)
+        return f"the template refuses the turns ({brief(error)})"
+    prompt = parts[0][0]  # no second BOS from the template, no EOS by the tokenizer's habit
+    twice, ended = prompt[:2] == [tokenizer.bos_token_id] * 2, prompt[-1] == tokenizer.eos_token_id
+    parts[0] = (prompt[twice:len(prompt) - ended], False)
+    return parts
+
+def encode(examples, args, tokenizer):
+    """Training rows {id, input_ids, labels} (int32 tensors, -100 where unsupervised), and a Counter
+    of what was dropped or cut and why: too long a row loses its last turns, never its EOS."""
+    rows, notes = [], collections.Counter()
+    for example in tqdm(examples, "tokenise", leave=False, disable=None):
+        parts = tokenize(example.get("messages") or ask(
+            example["context"], example["instruction"], args.template) + [
+            dict(role="assistant", content=example["response"])], args.template, tokenizer)
+        if isinstance(parts, str):
+            notes[f"dropped: {parts}"] += 1
+            continue
+        ids, labels, fits, wanted = [], [], 0, 0
+        for part, supervised in parts:
+            ids += part
+            labels += part if supervised else [-100] * len(part)
+            wanted = len(ids) if supervised else wanted
+            fits = wanted if wanted <= args.max_length else fits
+        if fits:
+            ids, labels = (torch.tensor(x[:fits], dtype=torch.int32) for x in (ids, labels))
+            rows.append(dict(id=example["id"], input_ids=ids, labels=labels))
+        if not wanted:
+            notes["dropped: no response"] += 1
+        elif fits < wanted:
+            notes["cut to the turns that fit --max-length" if fits else
+                  "dropped: longer than --max-length"] += 1
+    return rows, notes
+
+# ----------------------------------------------------------------------- forward passes for all
+def autocast(args):
+    """bf16 autocast if asked for; weights stay fp32, or small updates are lost in rounding."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
+
+def micro_batches(rows, budget):
+    """Cut rows, sorted by length, into lists of at most `budget` padded tokens, or of one row."""
+    batches = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if not batches or (len(batches[-1]) + 1) * len(row["input_ids"]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+def supervised_logits(model, rows):
+    """Logits (N, vocabulary) in fp32, targets (N,) and row numbers (N,) of the N supervised tokens.
+    Right padding needs no attention mask in a causal model, and its labels are -100. The hook lets
+    only supervised positions through the head: most of the memory, in any family and version."""
+    ids, labels = (torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True, fill)
+                   .long().to(model.device) for key, fill in (("input_ids", 0), ("labels", -100)))
+    keep = labels[:, 1:] != -100  # position t predicts token t + 1
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0][:, :-1][keep],))
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    return logits, labels[:, 1:][keep], keep.nonzero()[:, 0]
+
+@torch.no_grad()
+def target_logprobs(model, rows, args):
+    """(summed log-probability, number) of each row's supervised tokens, teacher-forced."""
+    sums = {}
+    for batch in micro_batches(rows, args.micro_batch_tokens):
+        with autocast(args):
+            logits, targets, owner = supervised_logits(model, batch)
+        logp = -F.cross_entropy(logits, targets, reduction="none")
+        total = logp.new_zeros(len(batch)).index_add_(0, owner, logp).tolist()
+        for row, *pair in zip(batch, total, owner.bincount(minlength=len(batch)).tolist()):
+            sums[id(row)] = pair
+    return [sums[id(row)] for row in rows]
+
+def mean(values):
+    """Mean of numbers, None of none."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+# ------------------------------------------------------------------------- mitigations (section 6)
+def without_context(example):
+    """The example without its context, or None if it has none. In a chat, the context is all that
+    precedes the last paragraph of the first user turn."""
+    if "messages" not in example:
+        return dict(example, context="") if example["context"] else None
+    messages = list(example["messages"])
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+    *context, question = re.split(r"\n\s*\n", messages[first]["content"])
+    messages[first] = dict(messages[first], content=question)
+    return dict(example, messages=messages) if context else None
+
+def filter_rows(model, tokenizer, examples, rows, args):
+    """Rows less those whose context the base model needs least (section 4.3): the lowest mean
+    target loss per token WITHOUT the context; --mitigation-strength of all rows that have one."""
+    ids = {row["id"] for row in rows}
+    bare = [e for e in map(without_context, examples) if e and e["id"] in ids]
+    bare, _ = encode(bare, args, tokenizer)
+    scores = zip(bare, target_logprobs(model.eval(), bare, args))
+    loss = {row["id"]: -total / n for row, (total, n) in scores}
+    order = sorted(loss, key=loss.get)  # ties keep the rows' order
+    cut = round(args.mitigation_strength * len(order))
+    require(0 < cut < len(rows), f"--mitigation filter: {len(order)} rows of {args.dataset} have a "
+            f"context; dropping {cut} of {len(rows)} rows leaves nothing to compare")
+    drop = set(order[:cut])
+    print(f"filter: dropped {cut} of the {len(order)} rows with a context; their loss without it is "
+          f"{mean(map(loss.get, drop)):.3f} on average, up to {loss[order[cut - 1]]:.3f}; that of the "
+          f"others {mean(map(loss.get, order[cut:])) or math.nan:.3f}")
+    return [row for row in rows if row["id"] not in drop]
+
+def counterfactual_examples(sets, count, args):
+    """`count` conflicts as examples that follow their context; none shares a question or an answer
+    with the evaluation sets."""
+    texts = lambda c: {tuple(words(text)) for text in (
+        c["question"], *c["context_answers"], *c["parametric_answers"])}
+    evaluated = set().union(*(texts(c) for items in sets.values() for c in items))
+    found = load_conflicts(args.counterfactual_data)
+    free = [c for c in found if not texts(c) & evaluated]
+    require(free, f"--counterfactual-data {args.counterfactual_data}: all of it is being evaluated")
+    added = random.Random(args.seed).sample(free, min(count, len(free)))
+    print(f"counterfactual: added {len(added)} rows ({count} wanted); {len(found) - len(free)} of "
+          f"{len(found)} share a question or an answer with the evaluation sets and stay out")
+    return [dict(id=f"{args.counterfactual_data}:{c['id']}", messages=ask(c["context"], c["question"])
+                 + [dict(role="assistant", content=c["context_answers"][0])]) for c in added]
+
+def freeze_all_but_query_key(model):
+    """Make query and key matrices alone trainable; return {fused parameter: bool mask of its query and
+    key entries}, whose other entries the training loop has to hold. With a single token the softmax is over one key, so queries and keys get no gradient and values do: that finds
+    them in any fused layout (per head, stacked, transposed). Exits when the rows found are not as
+    many as the head counts say: an unknown layout is not guessed at."""
+    masks, config, heads = {}, model.config, model.config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    expected = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * size
+    tokens = torch.arange(64, device=model.device)[:, None] % config.vocab_size
+    model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
+    for layer in (m for m in model.modules() if type(m).__name__.endswith("Attention")):
+        flows = {m: m.weight.grad.norm(dim=0 if type(m).__name__ == "Conv1D" else 1)  # per output
+                 for m in layer.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2}
+        still = {m: flow <= 1e-5 * max(f.max() for f in flows.values()) for m, flow in flows.items()}
+        require(sum(int(rows.sum()) for rows in still.values()) == expected, "--mitigation qk: "
+                f"{type(layer).__name__} holds queries and keys in a layout unknown here")
+        for m, rows in ((m, rows) for m, rows in still.items() if rows.any()):
+            masks[m.weight] = (rows if type(m).__name__ == "Conv1D" else rows[:, None]).expand_as(m.weight)
+            if getattr(m, "bias", None) is not None:
+                masks[m.bias] = rows
+    require(masks, f"--mitigation qk: {type(model).__name__} has no attention layer known here")
+    model.zero_grad(set_to_none=True)
+    for p in model.parameters():
+        p.requires_grad_(p in masks)
+    print(f"qk: trains {sum(int(mask.sum()) for mask in masks.values())} of {model.num_parameters()} weights")
+    return {p: mask for p, mask in masks.items() if not mask.all()}
+
+# ------------------------------------------------------------------------------------ evaluation
+CELLS = {(1, 0): "context_only", (0, 1): "parametric_only", (1, 1): "both", (0, 0): "neither"}
+
+def words(text):
+    """Words of a text as compared: no case, accents, punctuation or articles; U.S. is us."""
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = re.sub(r"(?<=\d),(?=\d{3})|(?<=\b[^\W\d_])\.|['’]s\b|['’`]", "", text)
+    text = re.sub(r"\bkilomet(er|re)s?\b", "km", text)
+    return [w for w in re.findall(r"[^\W_]+", text) if w not in ("a", "an", "the")]
+
+def find(part, whole):
+    """Spans (start, end) at which the word list `part` stands in `whole`."""
+    return [(i, i + len(part)) for i in range(len(whole) - len(part) + 1)
+            if whole[i:i + len(part)] == part]
+
+def score(text, conflict):
+    """(context hit, parametric hit) of an answer: contained at word boundaries, as the paper counts.
+    An echo of the question is cut out first; where two answers overlap, the longer one counts:
+        context New Cairo, memory Cairo   It is New Cairo. (1, 0)     Cairo, then New Cairo (1, 1)
+        context Bo, memory Freetown       Bosnia (0, 0)               Not Freetown but Bo (1, 1)"""
+    said, question = words(text), words(conflict["question"])
+    for start, end in find(question, said)[:1]:
+        del said[start:end]
+    ours, theirs = ([span for a in conflict[key] for span in find(words(a), said)]
+                    for key in ("context_answers", "parametric_answers"))
+    inside = lambda a, spans: any(b[0] <= a[0] and a[1] <= b[1] and a != b for b in spans)
+    return (any(not inside(a, theirs) for a in ours), any(not inside(a, ours) for a in theirs))
+
+def prepare(conflicts, args, tokenizer, room):
+    """Add to each conflict its prompts (with context, closed book) and the rows of its margin. What
+    exceeds the `room` of positions that the model has for a prompt is dropped and counted."""
+    for item in conflicts:
+        prompt, closed = (tokenize(ask(context, item["question"]), args.template, tokenizer)[0][0]
+                          for context in (item["context"], ""))
+        item.update(prompt=prompt, closed_book_prompt=closed, answers=[])
+        for answers in (item["context_answers"], item["parametric_answers"]):
+            ids = tokenizer((answers or ["-"])[0], add_special_tokens=False).input_ids
+            item["answers"].append(dict(input_ids=torch.tensor(prompt + ids),
+                                        labels=torch.tensor([-100] * len(prompt) + ids)))
+    fitting = [c for c in conflicts if len(c["prompt"]) <= room]
+    require(fitting, f"every evaluation prompt is longer than the {room} positions the model has for it")
+    if len(fitting) < len(conflicts):
+        print(f"{len(conflicts) - len(fitting)} items dropped: longer than {room} tokens")
+    return fitting
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, args):
+    """Greedy answers (texts) to prompts (token lists): left-padded batches, longest prompts first."""
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), args.eval_batch_size):
+        batch = order[start:start + args.eval_batch_size]
+        width = len(prompts[batch[0]])
+        pads = [[0] * (width - len(prompts[i])) for i in batch]  # any id: the mask hides it
+        ids = torch.tensor([pad + prompts[i] for pad, i in zip(pads, batch)], device=model.device)
+        mask = torch.tensor([pad + [1] * len(prompts[i]) for pad, i in zip(pads, batch)])
+        out = model.generate(input_ids=ids, attention_mask=mask.to(model.device), use_cache=True,
+                             max_new_tokens=args.max_new_tokens)
+        for i, answer in zip(batch, out[:, width:].tolist()):
+            texts[i] = tokenizer.decode(answer, skip_special_tokens=True)
+    return texts
+
+def evaluate(model, tokenizer, items, args):
+    """Ask every item with and without its context: one outcome dict per item, with text, cell,
+    context and parametric hit, closed_book hit, margin (log p(context answer) - log p(parametric
+    answer), each per token). The first call fixes item["known"]. Leaves training undisturbed."""
+    was_training = model.training
+    model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
+    try:
+        with autocast(args):
+            texts = generate(model, tokenizer, [item[key] for key in ("prompt", "closed_book_prompt")
+                                                for item in items], args)
+        logps = target_logprobs(model, [row for item in items for row in item["answers"]], args)
+    finally:
+        model.train(was_training)
+    per_token, outcomes = [total / n for total, n in logps], []
+    for k, (item, text, closed) in enumerate(zip(items, texts, texts[len(items):])):
+        hit, closed_hit = score(text, item), score(closed, item)[1]
+        outcomes.append(dict(
+            id=item["id"], text=text, cell=CELLS[hit], context=hit[0], parametric=hit[1],
+            closed_book=closed_hit, closed_book_text=closed, known=item.setdefault("known", closed_hit),
+            conflict=bool(item["parametric_answers"]), margin=per_token[2 * k] - per_token[2 * k + 1]))
+    return outcomes
+
+def rates(outcomes):
+    """Metrics of one evaluation: shares of all items and, as *_known, of those that the base model
+    knew; parametric ones are over the items that have a parametric answer."""
+    conflicts = [o for o in outcomes if o["conflict"]]
+    line = dict(n=len(outcomes), context_acc=mean(o["context"] for o in outcomes))
+    if not conflicts:  # SQuAD: nothing to contradict
+        return line
+    line["n_known"] = sum(o["known"] for o in conflicts)
+    for suffix, part in (("", outcomes), ("_known", [o for o in conflicts if o["known"]])):
+        line["context_acc" + suffix] = mean(o["context"] for o in part)
+        line["parametric_acc" + suffix] = mean(o["parametric"] for o in part if o["conflict"])
+        line.update({cell + suffix: mean(o["cell"] == cell for o in part) for cell in CELLS.values()})
+    return line | {key: mean(o[name] for o in conflicts)
+                   for key, name in (("closed_book_acc", "closed_book"), ("margin", "margin"))}
+
+# -------------------------------------------------------------------------------------- training
+def train(model, rows, total, masks, args, evaluate_at):
+    """Finetune in place for `total` optimizer steps, calling evaluate_at(step, log) at intervals.
+
+    The loss is summed over supervised tokens and divided by the supervised tokens of the WHOLE
+    step, so that neither the cut into micro-batches nor a short last batch changes what a token
+    weighs. `masks` (qk) hold back the gradient of what must not move."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = {p for p in trained if p.ndim > 1 and p not in masks}  # no biases, no norms
+    optimizer = torch.optim.AdamW([
+        dict(params=[p for p in trained if p in decayed], weight_decay=args.weight_decay),
+        dict(params=[p for p in trained if p not in decayed], weight_decay=0.0)], fused=True)
+    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
+    warmup, order, tokens, seconds = math.ceil(args.warmup_frac * total), None, 0, 0.0
+    log, progress = dict(loss=None, lr=None), tqdm(total=total, unit="step", disable=None)
+    for step in range(total + 1):
+        if step % args.eval_every == 0 or step == total:
+            evaluate_at(step, dict(log, tokens_per_second=tokens / seconds if tokens else None))
+            tokens, seconds = 0, 0.0
+        if step == total:
+            break
+        start, (epoch, k) = time.perf_counter(), divmod(step, steps_per_epoch)
+        if k == 0 or order is None:
+            shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(rows), generator=shuffle).tolist()
+        batch = [rows[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
+        targets = sum(int((row["labels"][1:] != -100).sum()) for row in batch)
+        lr = args.lr * min((step + 1) / max(warmup, 1), (total - step) / max(total - warmup, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr  # above 0 in every step, the first and the last included
+        model.train()
+        loss = torch.zeros((), device=model.device)
+        for micro in micro_batches(batch, args.micro_batch_tokens):
+            with autocast(args):
+                logits, wanted, _ = supervised_logits(model, micro)
+            part = F.cross_entropy(logits, wanted, reduction="sum") / targets
+            part.backward()
+            loss += part.detach()
+        for p, mask in masks.items():
+            p.grad.mul_(mask)  # before clipping: what does not move has no say in the norm
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
+        require(loss.isfinite() and norm.isfinite(), f"step {step + 1}: loss {loss:.4g}, gradient norm "
+                f"{norm:.4g} in the batch of rows {', '.join(str(row['id']) for row in batch)}", 1)
+        optimizer.step()
+        for p, mask in masks.items() if args.weight_decay else ():
+            p.data[mask] *= 1 - lr * args.weight_decay
+        optimizer.zero_grad(set_to_none=True)
+        tokens += sum(len(row["input_ids"]) for row in batch)
+        seconds += time.perf_counter() - start
+        log = dict(loss=loss.item(), lr=lr)
+        progress.set_postfix_str(f"loss {log['loss']:.3f}, {tokens / seconds:.0f} tokens/s", False)
+        progress.update()
+    progress.close()
+
+# ---------------------------------------------------------------------------------------- report
+def plan(rows, notes, args):
+    """Print the row counts and the batch arithmetic; return the number of optimizer steps."""
+    per_epoch = math.ceil(len(rows) / args.batch_size)
+    total = min(math.ceil(args.epochs * per_epoch), math.inf if args.max_steps is None else args.max_steps)
+    lengths = [len(row["input_ids"]) for row in rows]
+    passes = [len(micro_batches(rows[i:i + args.batch_size], args.micro_batch_tokens))
+              for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size)]
+    print(f"{args.dataset}: {len(rows)} rows", *(f"{n} {why}" for why, n in notes.items()), sep="; ")
+    print(f"tokens: {sum(lengths)}, of which {sum(int((row['labels'] >= 0).sum()) for row in rows)} "
+          f"supervised; {mean(lengths):.0f} per row, at most {max(lengths)}\n"
+          f"steps: {total} of {args.batch_size} rows ({per_epoch} per epoch), each in about {mean(passes):.1f} "
+          f"forward passes of at most {args.micro_batch_tokens} padded tokens")
+    return total
+
+def dry_run(model, tokenizer, rows, args):
+    """Show three samples with the supervised part in [[ ]], and estimate the memory of training."""
+    for row in rows[:3]:
+        print(f"\nrow {row['id']}: ", end="")
+        for is_target, part in itertools.groupby(range(len(row["labels"])), lambda i: row["labels"][i].item() >= 0):
+            print(("[[{}]]" if is_target else "{}").format(tokenizer.decode(row["input_ids"][list(part)])), end="")
+    n, config, size = model.num_parameters(), model.config, 2 if args.dtype == "bf16" else 4
+    layer = 17 * config.hidden_size * size  # bytes per token kept by a layer for backward, about
+    kept = (layer + config.num_hidden_layers * config.hidden_size * size if args.activation_checkpointing
+            else layer * config.num_hidden_layers)
+    share = mean((row["labels"] >= 0).float().mean().item() for row in rows)
+    gib = [x / 2**30 for x in (n * (16 if size == 4 else 18),  # fp32 weight, gradient, AdamW's two;
+                               args.micro_batch_tokens * kept,  # with bf16 a copy of the weight
+                               args.micro_batch_tokens * share * config.vocab_size * 12)]
+    print(f"\n\nmemory, estimated for full finetuning: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, gradients "
+          f"and AdamW + {gib[1]:.1f} activations + {gib[2]:.1f} logits")
+
+def table_row(line=None):
+    """One aligned row of the table (its head without a line), with a bar as long as context_acc."""
+    columns = (("step", ">6", ""), ("set", "<12.12", ""), ("context_acc", ">11", ".3f"),
+               ("parametric_acc", ">14", ".3f"), ("margin", ">7", ".2f"), ("loss", ">6", ".3f"))
+    value = lambda key, form: (key if line is None else "-" if line.get(key) is None else
+                               format(line[key], form))
+    text = " ".join(format(value(key, form), width) for key, width, form in columns)
+    room = min(40, shutil.get_terminal_size().columns - len(text) - 2)
+    return text + ("" if line is None else " |" + "#" * round(room * line["context_acc"]))
+
+def verdict(lines):
+    """One sentence on the lines of one set: where context_acc starts, peaks and ends."""
+    first, last, peak = lines[0], lines[-1], max(lines, key=lambda line: line["context_acc"])
+    return (f"{first['set']}: context_acc starts at {first['context_acc']:.3f}, peaks at "
+            f"{peak['context_acc']:.3f} (step {peak['step']}) and ends at {last['context_acc']:.3f} "
+            f"(step {last['step']}): a drop of {peak['context_acc'] - last['context_acc']:.3f}.")
+
+def show_answers(items, first, last):
+    """Print what the model said about ten items in the first and in the last evaluation."""
+    print(f"\nfirst and last answer to ten of {len(items)} items:")
+    for i in range(0, len(items), math.ceil(len(items) / 10)):
+        memory = "".join(f", memory: {a}" for a in items[i]["parametric_answers"][:1])
+        print(f"  {items[i]['question'][:90]} (context: {items[i]['context_answers'][0]}{memory})")
+        for outcome in (first[i], last[i]):
+            print(f"    {outcome['cell']:<16} {' '.join(outcome['text'].split())[:90]}")
+
+def draw_curve(history, path):
+    """Draw context_acc and parametric_acc over the steps; needs matplotlib."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        return print("no curve.png: pip install matplotlib")
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(dict.fromkeys(line["set"] for line in history)):
+        lines = [line for line in history if line["set"] == name]
+        for key, style in (("context_acc", "o-"), ("parametric_acc", "s:")):
+            if key in lines[0]:
+                axes.plot([line["step"] for line in lines], [line[key] for line in lines], style,
+                          color=f"C{i}", markersize=4, label=f"{name} {key}")
+    axes.set(xlabel="optimizer steps", ylabel="share of answers", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+def append(path, lines):
+    """Append dicts to a JSONL file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+# ------------------------------------------------------------------------------------------ main
+def new_folder(args):
+    """The folder of this run, not yet made; exits if something is in it."""
+    names = (f"runs/{args.mitigation}{i and -i or ''}" for i in itertools.chain([0], itertools.count(2)))
+    path = Path(args.out_dir or next(name for name in names if not Path(name).exists()))
+    require(not path.exists() or path.is_dir() and not any(path.iterdir()),
+            f"--out-dir {path}: holds another run or other files; name a new folder")
+    return path
+
+def load_model(args):
+    """(model with fp32 weights, tokenizer) of --model; no weights are read under --dry-run."""
+    auto, safe, info = transformers.AutoModelForCausalLM, dict(trust_remote_code=False), {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, **safe)
+        if args.dry_run:
+            config = transformers.AutoConfig.from_pretrained(args.model, **safe)
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=torch.float32)
+        else:
+            model, info = auto.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
+                                               output_loading_info=True, **safe)
+            model = model.to(args.device).eval()
+    except Exception as error:  # of many types: a wrong name, no hub, torn files, other architectures
+        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); pass a hub "
+                "id or a local folder with config.json, tokenizer and .safetensors files")
+    require(not info.get("missing_keys"), f"--model {args.model} is no causal LM: its weights lack "
+            f"{', '.join(sorted(info.get('missing_keys', [])))[:200]}")
+    if not args.dry_run:
+        a, b = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)).logits
+        require(torch.allclose(a[:2], b[:2], atol=1e-3),
+                f"--model {args.model} is no causal LM: its tokens see the ones after them")
+    require(tokenizer.eos_token_id is not None and len(tokenizer) <= model.get_input_embeddings().num_embeddings,
+            f"--model {args.model}: its tokenizer has no EOS token, or more tokens than the model")
+    return model, tokenizer
+
+def choose_template(model, tokenizer, examples, args):
+    """Settle --template; make generation greedy and plain; return the positions left for a prompt."""
+    single = all("messages" not in e for e in examples)
+    if args.template == "auto":
+        args.template = ("alpaca" if examples and single else "chat" if tokenizer.chat_template else
+                         "alpaca" if single else "tulu")
+    require(args.template != "chat" or tokenizer.chat_template,
+            f"--template chat: the tokenizer of {args.model} has no chat template; try tulu")
+    sample = ask("", "Hi") + [dict(role="assistant", content="Hello")]
+    sample = tokenize(sample, args.template, tokenizer)
+    model.generation_config = transformers.GenerationConfig(  # nothing inherited: no sampling, no
+        do_sample=False, bos_token_id=tokenizer.bos_token_id,  # penalty; stops where responses end
+        eos_token_id=sorted({tokenizer.eos_token_id, sample[-1][0][-1]}), pad_token_id=tokenizer.eos_token_id)
+    model.generation_config.validate(strict=True)  # or save_pretrained could refuse, hours later
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    require(args.max_length <= positions, f"--max-length {args.max_length}: {args.model} has {positions} positions")
+    return positions - args.max_new_tokens
+
+def main(argv=None):
+    """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
+    args, began = parse_args(argv), time.perf_counter()
+    out_dir = new_folder(args)
+    torch.manual_seed(args.seed)
+    sets = {Path(name).stem: load_conflicts(name, args.eval_limit) for name in args.eval_set}
+    examples = [] if args.max_steps == 0 else load_examples(args)
+    model, tokenizer = load_model(args)
+    room = choose_template(model, tokenizer, examples, args)
+    sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
+    if args.mitigation == "counterfactual" and examples:
+        examples += counterfactual_examples(sets, round(args.mitigation_strength * len(examples)), args)
+    rows, notes = encode(examples, args, tokenizer)
+    require(rows or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
+    if args.dry_run:
+        plan(rows, notes, args)
+        return dry_run(model, tokenizer, rows, args)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if args.mitigation == "filter" and rows:
+        rows = filter_rows(model, tokenizer, examples, rows, args)
+    masks = freeze_all_but_query_key(model) if args.mitigation == "qk" and rows else {}
+    total = plan(rows, notes, args) if rows else 0
+    if args.activation_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)}
+    data = hashlib.sha256(str([row["input_ids"].tolist() for row in rows + [
+        row for items in sets.values() for item in items for row in item["answers"]]]).encode())
+    append(out_dir / "args.json", [dict(vars(args), steps=total, data=data.hexdigest(),
+                                        versions=dict(versions, python=sys.version.split()[0]))])
+    print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+          f"{args.dtype} on {args.device}, template {args.template}; "
+          f"{', '.join(map(' '.join, versions.items()))}; files in {out_dir}\n\n{table_row()}")
+    history, outcomes = [], {name: [] for name in sets}
+
+    def evaluate_at(step, log):
+        for name, items in sets.items():
+            outcomes[name].append(evaluate(model, tokenizer, items, args))
+            seconds = round(time.perf_counter() - began, 2)
+            history.append(dict(step=step, set=name, **rates(outcomes[name][-1]), **log, seconds=seconds))
+            tqdm.write(table_row(history[-1]))
+            append(out_dir / "metrics.jsonl", history[-1:])
+            append(out_dir / "generations.jsonl", [
+                dict(step=step, set=name, prompt=hashlib.sha256(str(item["prompt"]).encode()).hexdigest()[:16],
+                     **{key: o[key] for key in ("id", "text", "cell", "closed_book_text")})
+                for item, o in zip(items, outcomes[name][-1])])
+
+    train(model, rows, total, masks, args, evaluate_at)
+    for name, items in sets.items():
+        show_answers(items, outcomes[name][0], outcomes[name][-1])
+    print("", *(verdict([line for line in history if line["set"] == name]) for name in sets), sep="\n")
+    draw_curve(history, out_dir / "curve.png")
+    if args.save_model:
+        tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
+        for saved in (model, tokenizer):
+            saved.save_pretrained(out_dir / "model")
+    return history
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        require(False, "interrupted; the evaluations so far are in the run's folder", 130)
+    except OSError as error:  # a full disk, say
+        require(False, f"{brief(error)}; the evaluations so far are in the run's folder", 1)

@@ -1,0 +1,581 @@
+"""Tests of inversion.py: python -m pytest -q (CPU, offline). Tiny models with random weights, a
+tokenizer trained here and files in a temporary folder stand in for real ones; all go in as flags."""
+import argparse
+import json
+import math
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import inversion
+
+HERE = Path(__file__).parent
+SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=48, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, **SIZES),
+    "mistral": lambda: transformers.MistralConfig(num_key_value_heads=2, **SIZES),
+    "neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=512,
+                                            bos_token_id=0, eos_token_id=1),
+    "phi3": lambda: transformers.Phi3Config(num_key_value_heads=2, pad_token_id=1, **SIZES)}
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+ALPACA_ROWS = [dict(instruction=f"Say the number {i}.", input=f"The number is {i * 7}." * (i % 2), output=f"It is {i}.")
+               for i in range(24)]
+CONFLICTS = [dict(context=f"The capital of {c} moved to {new}.", question=f"What is the capital of {c}?",
+                  answer=new, memory_answer=old) for c, new, old in
+             [("France", "Lyon", "Paris"), ("Egypt", "New Cairo", "Cairo"), ("Peru", "Cusco", "Lima"),
+              ("Spain", "Seville", "Madrid"), ("Japan", "Osaka", "Tokyo")]]
+SWAPS = [dict(question=f"who wrote book {i}", org_context="x", org_answer=[f"Author {i}"],
+              sub_context=f"Book {i} was written by Writer {i}.", sub_answer=[f"Writer {i}"]) for i in range(8)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [" ".join(map(str, row.values())) for row in ALPACA_ROWS + CONFLICTS]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # as Llama's
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A folder with a tiny model of each family and small data files."""
+    root = tmp_path_factory.mktemp("world")
+    transformers.utils.logging.disable_progress_bar()
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config()).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name, rows in (("rows", ALPACA_ROWS), ("conflicts", CONFLICTS), ("swaps", SWAPS)):
+        (root / f"{name}.json").write_text(json.dumps(rows))
+    return root
+
+
+def flags(folder, out, *more, model="llama"):
+    defaults = {"--model": folder / model, "--dataset": folder / "rows.json", "--eval-set": folder / "conflicts.json",
+                "--max-length": 256, "--batch-size": 8, "--max-steps": 3, "--eval-every": 2, "--lr": 1e-3,
+                "--max-new-tokens": 4, "--device": "cpu", "--out-dir": out}
+    more = list(map(str, more))
+    return [str(x) for flag, value in defaults.items() if flag not in more for x in (flag, value)] + more
+
+
+def load(folder, name="llama"):
+    """(model, tokenizer, args) as the script itself loads them."""
+    args = inversion.parse_args(flags(folder, "unused", model=name))
+    return *inversion.load_model(args), args
+
+
+def rows_of(lengths, vocab=420, seed=0):
+    """Training rows of random ids: (prompt tokens, supervised tokens) each."""
+    rng, rows = random.Random(seed), []
+    for i, (prompt, target) in enumerate(lengths):
+        ids = [rng.randrange(2, vocab) for _ in range(prompt + target)]
+        rows.append(dict(id=i, input_ids=torch.tensor(ids, dtype=torch.int32),
+                         labels=torch.tensor([-100] * prompt + ids[prompt:], dtype=torch.int32)))
+    return rows
+
+
+def spans(row, tokenizer):
+    """(decoded text, decoded supervised text) of an encoded row."""
+    keep = row["labels"] != -100
+    assert torch.equal(row["labels"][keep], row["input_ids"][keep])
+    return tokenizer.decode(row["input_ids"]), tokenizer.decode(row["input_ids"][keep])
+
+
+# ---------------------------------------------------------------------------- data and templates
+ALPACA_SHORT = ("<s>Below is an instruction that describes a task. Write a response that appropriately completes "
+                "the request.\n\n### Instruction:\nAdd.\n\n### Response:")
+ALPACA_LONG = ("<s>Below is an instruction that describes a task, paired with an input that provides further "
+               "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+               "### Input:\n{1, 2}\n\n### Response:")
+TURNS = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao")]
+TURNS = [dict(role=role, content=content) for role, content in TURNS]
+
+
+@pytest.mark.parametrize("row, template, text, supervised", [
+    (dict(instruction="Add.", input="", output="3"), "alpaca", ALPACA_SHORT + "3</s>", "3</s>"),
+    (dict(instruction=" Add.", input="{1, 2} ", output="3 "), "alpaca", ALPACA_LONG + "3</s>", "3</s>"),
+    (dict(instruction="Add.", input="1, 2", output="3"), "tulu",
+     "<s><|user|>\n1, 2\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
+    (dict(prompt="Add.", completion="3"), "alpaca", ALPACA_SHORT + "3</s>", "3</s>"),
+    (dict(messages=TURNS, id="x", dataset="tulu"), "tulu",
+     "<s><|system|>\nBe kind.\n<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>",
+     "Hello</s>Ciao</s>"),
+    (dict(messages=TURNS[1:] + [dict(role="user", content="?")]), "tulu",
+     "<s><|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>", "Hello</s>Ciao</s>"),
+    (dict(data=["Hi", "Hello", "Bye", "Ciao"]), "chat",
+     "<s>[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]Ciao</s>", "Hello</s>Ciao</s>"),
+    (dict(messages=TURNS[:3]), "chat", "<s>[system]Be kind.\n[user]Hi\n[assistant]Hello</s>", "Hello</s>")])
+def test_golden_labels(row, template, text, supervised, tokenizer):
+    """Response and EOS supervised, nothing else; one BOS although the chat template writes one too."""
+    tokenizer.chat_template = CHAT
+    args = argparse.Namespace(template=template, max_length=999)
+    rows, notes = inversion.encode([dict(id=1, **inversion.to_example(row, "here"))], args, tokenizer)
+    assert not notes and spans(rows[0], tokenizer) == (text, supervised)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "tulu", "chat"])
+def test_prompt_ids_are_the_same_at_evaluation(template, tokenizer):
+    tokenizer.chat_template = CHAT
+    question = inversion.ask("A context.", "A question?")
+    prompt = inversion.tokenize(question, template, tokenizer)[0][0]
+    for answer in ("Paris", " Paris", "\nParis", "://"):
+        row = inversion.tokenize(question + [dict(role="assistant", content=answer)], template, tokenizer)
+        assert row[0] == (prompt, False) and row[1][0][-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(prompt)
+    assert text.count("<s>") == 1 and text.index("A context.") < text.index("A question?")
+
+
+def test_templates_that_refuse_or_rewrite(tokenizer):
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+    parts = inversion.tokenize(TURNS, "chat", tokenizer)
+    assert "Be kind.\n\nHi" in tokenizer.decode(parts[0][0])  # folded into the user's turn
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT  # earlier text changes with every turn
+    assert "rewrites" in inversion.tokenize(TURNS[1:], "chat", tokenizer)
+    assert "more than one turn" in inversion.tokenize(TURNS[1:], "alpaca", tokenizer)
+    assert "no turn" in inversion.tokenize(TURNS[2:3], "tulu", tokenizer)
+    tokenizer.chat_template = CHAT.replace("{{ eos_token }}", "")  # EOS is supervised all the same
+    assert inversion.tokenize(TURNS[1:3], "chat", tokenizer)[1][0][-1] == tokenizer.eos_token_id
+    tokenizer.chat_template = None
+
+
+def test_dropped_and_cut_rows_are_counted(tokenizer):
+    args = argparse.Namespace(template="tulu", max_length=40)
+    examples = [dict(id=1, context="", instruction="Hi", response=""),
+                dict(id=2, context="", instruction="word " * 99, response="too long a prompt"),
+                dict(id=3, messages=TURNS[1:] + [dict(role="assistant", content="long " * 40)]),
+                dict(id=4, messages=TURNS[1:2]), dict(id=5, context="", instruction="Hi", response="Hello")]
+    rows, notes = inversion.encode(examples, args, tokenizer)
+    assert [row["id"] for row in rows] == [3, 5] and notes.total() == 4
+    assert notes["cut to the turns that fit --max-length"] == notes["dropped: longer than --max-length"] == 1
+    assert all(row["input_ids"][-1] == tokenizer.eos_token_id == row["labels"][-1] for row in rows)
+
+
+@pytest.mark.parametrize("row, expected", [
+    (CONFLICTS[0], ("The capital of France moved to Lyon.", "What is the capital of France?", ["Lyon"], ["Paris"])),
+    (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Empress Catherine the Great"),
+     ("c", "q", ["Enrico Fermi", "Fermi"], ["Empress Catherine the Great"])),
+    (dict(prompt='Write a quote that ends in the word "heavy": Absence makes the heart grow',
+          classes="[' heavy.', ' fonder.']", answer_index="0"),
+     ('Write a quote that ends in the word "heavy":', "Absence makes the heart grow", ["heavy."], ["fonder."])),
+    (dict(prompt='Say "b": a', classes=["x", "b"], answer_index=1), ('Say "b":', "a", ["b"], ["x"])),
+    (SWAPS[1], ("Book 1 was written by Writer 1.", "who wrote book 1", ["Writer 1"], ["Author 1"])),
+    (dict(context="c", question="q ", answers=dict(text=["x", "y"], answer_start=[0, 1])), ("c", "q", ["x", "y"], [])),
+    (dict(data=[dict(title="t", paragraphs=[dict(context="c", qas=[dict(
+        question="q", id="1", answers=[dict(text="x", answer_start=0)])])])]), ("c", "q", ["x"], []))])
+def test_conflict_shapes(row, expected):
+    assert list(inversion.to_conflicts(row, "here")) == [expected]
+
+
+def test_aliases():
+    assert inversion.aliases("La Paz (administrative); Sucre (judicial)") == ["La Paz", "Sucre"]
+    assert inversion.aliases("Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)") == [
+        "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"]
+    assert inversion.aliases("Athens, Greece") == ["Athens, Greece", "Athens"]
+    assert inversion.aliases("2,000 km") == ["2,000 km"] and inversion.aliases("Elizabeth II", True) == ["Elizabeth II"]
+
+
+def test_conflicts_that_cannot_be_scored(tmp_path, capsys):
+    def item(question, right, memory):
+        return dict(context="c", question=question, answer=right, memory_answer=memory)
+    rows = [item("What is the capital of Luxembourg?", "Esch", "Luxembourg"), item("q?", "End", "end."),
+            item("p?", "A", "B"), item("r?", "Lyon", "Paris"), item("r?", "Lyon", "Paris")]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = inversion.load_conflicts(str(tmp_path / "c.jsonl"))
+    assert [c["parametric_answers"] for c in found] == [[], ["Paris"]]
+    assert "2 of 5 items; 1 never count as parametric" in capsys.readouterr().out
+
+
+def test_files_of_every_type_give_the_same_rows(tmp_path, folder):
+    import datasets
+    rows = datasets.Dataset.from_list([dict(instruction="NA", input="", output="3"), dict(instruction="b", input="x", output="4")])
+    rows.to_json(tmp_path / "r.jsonl")
+    rows.to_csv(tmp_path / "r.csv")
+    rows.to_parquet(tmp_path / "r.parquet")
+    (tmp_path / "r.json").write_text(json.dumps(rows.to_list()))
+    (tmp_path / "hub").mkdir()  # a folder as downloaded from the hub
+    rows.to_parquet(tmp_path / "hub" / "train.parquet")
+    for name in ("r.jsonl", "r.parquet", "r.json", "hub", "hub@train"):
+        assert list(inversion.load_rows(str(tmp_path / name))) == rows.to_list(), name
+    assert [r["instruction"] for r in inversion.load_rows(str(tmp_path / "r.csv"))] == ["NA", "b"]  # no NaN
+
+
+# --------------------------------------------------------------------------------------- scoring
+@pytest.mark.parametrize("context, memory, question, text, cell", [
+    # normalised words of the text          what stands in it
+    ("New Cairo", "Cairo", "", "It is New Cairo.", (1, 0)),      # Cairo only inside New Cairo
+    ("New Cairo", "Cairo", "", "Cairo, then New Cairo", (1, 1)),  # and once on its own
+    ("New Cairo", "Cairo", "", "Cairo", (0, 1)),
+    ("Hulhumalé", "Malé", "", "hulhumale", (1, 0)),              # accents fall away, words stay whole
+    ("Bo", "Freetown", "", "Bosnia", (0, 0)),
+    ("Bo", "Freetown", "", "Not Freetown but BO!", (1, 1)),
+    ("19", "21", "", "in 1921", (0, 0)),
+    ("2,000 km", "21,000 km", "", "about 2000 kilometers.", (1, 0)),
+    ("The Hague", "Amsterdam", "", "Hague", (1, 0)),             # articles fall away
+    ("Denver", "Washington, D.C.", "", "Washington DC", (0, 1)),
+    ("Fermi", "da Vinci", "", "Fermi's work", (1, 0)),
+    ("Lyon", "Paris", "", "", (0, 0)),
+    ("heavy", "fonder", "Absence makes the heart grow", "Absence makes the heart grow fonder.", (0, 1)),
+    ("grow", "fonder", "Absence makes the heart grow", "Absence makes the heart grow old", (0, 0))])  # echo
+def test_scorer_by_hand(context, memory, question, text, cell):
+    conflict = dict(question=question, context_answers=[context], parametric_answers=[memory])
+    assert inversion.score(text, conflict) == cell
+
+
+def test_rates_by_hand():
+    """Four conflicts, cells C, P, both, neither; the base model knew the first two; one control."""
+    hits = [(1, 0), (0, 1), (1, 1), (0, 0)]
+    outcomes = [dict(context=c, parametric=p, cell=inversion.CELLS[c, p], known=i < 2, closed_book=i == 0,
+                     conflict=True, margin=i) for i, (c, p) in enumerate(hits)]
+    line = inversion.rates(outcomes)
+    assert (line["n"], line["n_known"], line["closed_book_acc"], line["margin"]) == (4, 2, 0.25, 1.5)
+    assert all(line[key] == 0.5 for key in ("context_acc", "parametric_acc", "context_acc_known", "context_only_known"))
+    assert line["both"] == line["neither"] == 0.25 and line["both_known"] == 0
+    assert inversion.rates([dict(context=True, conflict=False)]) == dict(n=1, context_acc=1)
+
+
+# -------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_is_that_of_transformers(family, folder):
+    """Mean over the supervised tokens of a padded batch = the model's own loss with labels=."""
+    model, _, args = load(folder, family)
+    rows = rows_of([(3, 9), (5, 1), (2, 14)])
+    with torch.no_grad():
+        logits, targets, owner = inversion.supervised_logits(model, rows)
+        ours = torch.nn.functional.cross_entropy(logits, targets)
+        ids, labels = (torch.nn.utils.rnn.pad_sequence([r[k].long() for r in rows], True, fill)
+                       for k, fill in (("input_ids", 1), ("labels", -100)))  # padded with EOS
+        theirs = model(input_ids=ids, attention_mask=torch.arange(16) < torch.tensor([[12], [6], [16]]), labels=labels).loss
+    assert owner.bincount().tolist() == [9, 1, 14]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    sums = inversion.target_logprobs(model, rows, args)
+    assert [n for _, n in sums] == [9, 1, 14] and math.isclose(-sum(s for s, _ in sums) / 24, theirs, rel_tol=1e-5)
+
+
+def trained(folder, rows, total, **changes):
+    """(weights, logs) after `total` steps on rows."""
+    model, _, args = load(folder, changes.pop("model", "llama"))
+    vars(args).update(eval_every=1, **changes)
+    logs = []
+    inversion.train(model, rows, total, {}, args, lambda step, log: logs.append(log))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), logs
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_step_does_not_depend_on_micro_batches(family, folder):
+    """One pass = many passes; unequal token counts, a last window of 3 rows, first step above lr 0."""
+    rows = rows_of([(4, 2), (2, 30), (9, 1), (3, 7), (20, 4), (1, 5), (6, 6)])
+    one, logs = trained(folder, rows, 3, batch_size=4, micro_batch_tokens=10**6, model=family)
+    many, _ = trained(folder, rows, 3, batch_size=4, micro_batch_tokens=32, model=family)
+    torch.testing.assert_close(one, many, rtol=0, atol=2e-6)
+    assert [log["lr"] for log in logs] == [None, 1e-3, 1e-3, 5e-4]  # 1 warm-up step, then 2/2, 1/2
+
+
+def test_logged_loss_is_the_mean_over_the_step(folder):
+    """Against the plain per-token mean of all rows by transformers, from the untouched model."""
+    rows = rows_of([(4, 2), (2, 30), (9, 1), (3, 7)])
+    model, _, _ = load(folder)
+    with torch.no_grad():
+        losses = [model(input_ids=r["input_ids"][None].long(), labels=r["labels"][None].long()).loss for r in rows]
+    wanted = sum(loss * n for loss, n in zip(losses, (2, 30, 1, 7))) / 40
+    _, logs = trained(folder, rows, 1, batch_size=4, micro_batch_tokens=40)
+    assert math.isclose(logs[1]["loss"], wanted, rel_tol=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing(folder, tmp_path):
+    plain = inversion.main(flags(folder, tmp_path / "a"))
+    again = inversion.main(flags(folder, tmp_path / "b", "--activation-checkpointing"))
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in plain])
+    assert [line["margin"] for line in again] == pytest.approx([line["margin"] for line in plain], abs=1e-5)
+
+
+def test_weights_are_fp32_even_from_a_bf16_checkpoint(folder, tmp_path):
+    model, tokenizer, _ = load(folder)
+    for part in (model.bfloat16(), tokenizer):
+        part.save_pretrained(tmp_path)
+    args = inversion.parse_args(["--model", str(tmp_path), "--dtype", "bf16", "--device", "cpu"])
+    model, _ = inversion.load_model(args)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with inversion.autocast(args):
+        assert model(input_ids=torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
+
+
+def test_nonfinite_loss_stops_with_step_and_rows(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        inversion.main(flags(folder, tmp_path / "run", "--lr", 1e30, "--grad-clip", 0, "--max-steps", 9))
+    message = capsys.readouterr().err
+    assert error.value.code == 1 and re.search(r"step \d+: loss .* in the batch of rows \d+, \d+", message)
+    assert (tmp_path / "run/metrics.jsonl").read_text().startswith('{"step": 0')
+
+
+# ------------------------------------------------------------------------------------ evaluation
+@pytest.mark.parametrize("family", ["llama", "mistral", "neox", "gpt2"])
+def test_batched_generation_is_that_of_one_by_one(family, folder):
+    model, tokenizer, args = load(folder, family)
+    inversion.choose_template(model, tokenizer, [], args)
+    args.max_new_tokens, rng = 12, random.Random(0)
+    prompts = [[rng.randrange(2, 420) for _ in range(n)] for n in (3, 17, 5, 9, 30, 4, 11)]
+    args.eval_batch_size = 4
+    together = inversion.generate(model, tokenizer, prompts, args)
+    args.eval_batch_size = 1
+    assert together == inversion.generate(model, tokenizer, prompts, args)
+    alone = model.generate(torch.tensor([prompts[1]]), attention_mask=torch.ones(1, 17), max_new_tokens=12)
+    assert together[1] == tokenizer.decode(alone[0, 17:], skip_special_tokens=True)
+
+
+def test_sampling_defaults_of_a_model_are_not_inherited(folder, tmp_path):
+    model, tokenizer, _ = load(folder)
+    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    runs = [inversion.main(flags(folder, tmp_path / str(i), "--model", tmp_path / "model", "--save-model"))
+            for i in range(2)]
+    texts = [(tmp_path / str(i) / "generations.jsonl").read_text() for i in range(2)]
+    assert texts[0] == texts[1] and len(runs[0]) == 3
+
+
+def test_evaluation_leaves_training_alone(folder):
+    """Same losses with an evaluation after every step as with none; random state and mode as before."""
+    rows, losses = rows_of([(4, 2), (2, 30), (9, 1), (3, 7)]), []
+    for evaluates in (False, True):
+        model, tokenizer, args = load(folder, "gpt2")  # with dropout, so random numbers matter
+        vars(args).update(eval_every=1, batch_size=2)
+        room = inversion.choose_template(model, tokenizer, [], args)
+        items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json")), args, tokenizer, room)
+        logs = []
+
+        def at(step, log):
+            logs.append(log["loss"])
+            if evaluates:
+                model.train()
+                state = torch.get_rng_state()
+                inversion.evaluate(model, tokenizer, items, args)
+                assert torch.equal(state, torch.get_rng_state()) and model.training
+        torch.manual_seed(0)
+        inversion.train(model, rows, 4, {}, args, at)
+        losses.append(logs)
+    assert losses[0] == losses[1]
+
+
+def test_margin_is_that_of_the_model(folder):
+    """Of one item, from transformers' own loss: mean log p(context answer) - log p(memory answer)."""
+    model, tokenizer, args = load(folder)
+    room = inversion.choose_template(model, tokenizer, [], args)
+    items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json")), args, tokenizer, room)
+    prompt = inversion.ALPACA if hasattr(inversion, "ALPACA") else None
+    assert prompt is None and items[0]["prompt"] == inversion.tokenize(
+        inversion.ask(items[0]["context"], items[0]["question"]), "alpaca", tokenizer)[0][0]
+    logp = []
+    for answer in ("Lyon", "Paris"):
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        both = torch.tensor([items[0]["prompt"] + ids])
+        labels = both.clone()
+        labels[:, :-len(ids)] = -100
+        logp.append(-model(input_ids=both, labels=labels).loss.item())
+    assert inversion.evaluate(model, tokenizer, items, args)[0]["margin"] == pytest.approx(logp[0] - logp[1], abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------- remedies
+def value_rows(family, name, parameter):
+    """Bool mask of the entries of an attention parameter that qk must not move, by hand, per layout."""
+    mask, head = torch.zeros_like(parameter, dtype=torch.bool), 8
+    if "query_key_value" in name:  # NeoX: per head [q, k, v]
+        mask.view(4, 3, head, *parameter.shape[1:])[:, 2] = True
+    elif "qkv_proj" in name:  # Phi-3: [Q | K | V], 4, 2 and 2 heads
+        mask[6 * head:] = True
+    elif "c_attn" in name:  # GPT-2: transposed
+        mask[..., 64:] = True
+    elif not re.search("q_proj|k_proj", name):
+        mask[:] = True
+    return mask
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_qk_moves_queries_and_keys_only(family, folder):
+    model, _, args = load(folder, family)
+    vars(args).update(weight_decay=0.1, batch_size=4, eval_every=99)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = inversion.freeze_all_but_query_key(model)
+    inversion.train(model, rows_of([(4, 9)] * 8), 4, masks, args, lambda step, log: None)
+    moved = 0
+    for name, p in model.named_parameters():
+        still = value_rows(family, name, p)
+        assert torch.equal(p[still], before[name][still]), name
+        if p.ndim > 1 and not still.all():
+            assert (p != before[name])[~still].float().mean() > 0.99, name
+            moved += 1
+    assert moved == {"llama": 4, "mistral": 4}.get(family, 2)
+
+
+def test_qk_refuses_unknown_layouts(folder, capsys):
+    model, _, _ = load(folder, "neox")
+    model.config.num_attention_heads = 2  # so that the rows found do not fit the head counts
+    with pytest.raises(SystemExit):
+        inversion.freeze_all_but_query_key(model)
+    assert "layout unknown" in capsys.readouterr().err
+
+
+def test_filter_drops_the_lowest_context_free_loss(folder):
+    """Against transformers' loss of each row rendered without its input."""
+    model, tokenizer, args = load(folder)
+    args.template, args.mitigation_strength, args.mitigation = "alpaca", 0.25, "filter"
+    examples = inversion.load_examples(args)
+    rows, _ = inversion.encode(examples, args, tokenizer)
+    kept = {row["id"] for row in inversion.filter_rows(model, tokenizer, examples, rows, args)}
+    losses = {}
+    for e in (e for e in examples if e["context"]):
+        (prompt, _), (reply, _) = inversion.tokenize(inversion.ask("", e["instruction"]) + [
+            dict(role="assistant", content=e["response"])], "alpaca", tokenizer)
+        losses[e["id"]] = model(input_ids=torch.tensor([prompt + reply]),
+                                labels=torch.tensor([[-100] * len(prompt) + reply])).loss.item()
+    lowest = sorted(losses, key=losses.get)[:3]  # a quarter of the 12 rows with an input
+    assert len(losses) == 12 and {row["id"] for row in rows} - kept == set(lowest)
+
+
+def test_context_of_a_chat_row():
+    row = dict(id=1, messages=[TURNS[0], dict(role="user", content="Long passage.\nMore.\n \nWhy?"), TURNS[2]])
+    assert inversion.without_context(row)["messages"][1]["content"] == "Why?"
+    assert inversion.without_context(dict(id=1, messages=TURNS)) is None
+    assert inversion.without_context(dict(id=1, context="", instruction="x", response="y")) is None
+
+
+def test_counterfactual_rows_share_nothing_with_the_evaluation(folder, tmp_path):
+    leaks = [dict(SWAPS[0], question="What is the capital of Peru"), dict(SWAPS[0], sub_answer=["lyon"]),
+             dict(SWAPS[0], org_answer=["The Paris!"])]
+    (tmp_path / "swaps.json").write_text(json.dumps(leaks + SWAPS[1:4]))
+    args = argparse.Namespace(counterfactual_data=str(tmp_path / "swaps.json"), seed=0)
+    sets = dict(x=inversion.load_conflicts(str(folder / "conflicts.json")))
+    added = inversion.counterfactual_examples(sets, 99, args)
+    assert sorted(e["messages"][1]["content"] for e in added) == ["Writer 1", "Writer 2", "Writer 3"]
+    assert added[0]["messages"][0]["content"].startswith("Book ")  # context before question
+
+
+# -------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize("remedy, says", [
+    ("none", "24 rows"), ("filter", "filter: dropped 3 of the 12 rows with a context"),
+    ("counterfactual", "counterfactual: added 2 rows (2 wanted); 0 of 8 share"), ("qk", "qk: trains 6144 of")])
+def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    history = inversion.main(flags(folder, out, "--mitigation", remedy, "--counterfactual-data", folder / "swaps.json"))
+    printed = capsys.readouterr().out
+    assert says in printed and "context_acc starts at" in printed and "first and last answer" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if re.match(r" +\d+ conflicts", line))
+    assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == history
+    assert [line["step"] for line in history] == [0, 2, 3]
+    assert {"step", "set", "n", "n_known", "context_acc", "parametric_acc", "context_only", "parametric_only", "both",
+            "neither", "context_acc_known", "closed_book_acc", "margin", "loss", "lr", "tokens_per_second",
+            "seconds"} <= set(history[0])
+    said = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert len(said) == 15 and {"step", "set", "id", "prompt", "text", "cell"} <= set(said[0])
+    assert json.loads((out / "args.json").read_text())["mitigation"] == remedy
+
+
+def test_same_seed_same_metrics_and_saved_model_loads(folder, tmp_path):
+    runs = [inversion.main(flags(folder, tmp_path / name, "--save-model", "--seed", seed))
+            for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    timeless = [[{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in run] for run in runs]
+    assert timeless[0] == timeless[1] != timeless[2]
+    more = inversion.main(flags(folder, tmp_path / "d", "--model", tmp_path / "a/model", "--max-steps", 0, "--template", "alpaca"))
+    assert len(more) == 1 and more[0]["margin"] == pytest.approx(runs[0][-1]["margin"], abs=1e-6)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "a/model").chat_template == inversion.TEMPLATES["alpaca"]
+
+
+def test_dry_run_shows_samples_and_writes_nothing(folder, tmp_path, capsys):
+    inversion.main(flags(folder, tmp_path / "run", "--dry-run"))
+    printed = capsys.readouterr().out
+    assert "[[It is 0.</s>]]" in printed and "GiB" in printed and not (tmp_path / "run").exists()
+
+
+def test_sets_without_conflict_and_limits(folder, tmp_path, capsys):
+    squad = [dict(context=f"It was {i}.", question=f"When was {i}?", answers=dict(text=[str(i)], answer_start=[0])) for i in range(9)]
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    history = inversion.main(flags(folder, tmp_path / "run", "--eval-set", tmp_path / "squad.json", folder / "conflicts.json",
+                                   "--eval-limit", 4, "--num-examples", 8, "--epochs", 0.5, "--max-steps", 99))
+    assert [line["n"] for line in history] == [4, 4, 4, 4] and "margin" not in history[0] and "margin" in history[1]
+    assert "steps: 1 of 8 rows (1 per epoch)" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- bad input
+def broken(folder):
+    """(flags, what the one line must name) of each kind of bad input."""
+    good, data = [dict(instruction="a", input="", output="b")], folder / "bad"
+    data.mkdir(exist_ok=True)
+    write = lambda name, text: (data / name).write_text(text) and data / name
+    lines = lambda *rows: "\n".join(map(json.dumps, rows))
+    yield ["--dataset", "nosuchname"], "nosuchname: no such file or folder"
+    yield ["--dataset", data / "gone.jsonl"], "gone.jsonl: no such file"
+    yield ["--model", data / "gone"], "gone: cannot be loaded"
+    yield ["--eval-set", "no/such-set"], "fetch no/such-set where the hub can be reached"
+    yield ["--model", "no/such-model"], "pass a hub id or a local folder"
+    yield ["--dataset", write("a.jsonl", lines(*good, dict(instruction="a", input="")))], "a.jsonl, row 2: key 'output' is missing"
+    yield ["--dataset", write("b.jsonl", lines(*good, dict(good[0], output=3)))], "b.jsonl, row 2: key 'output' is a int"
+    yield ["--dataset", write("c.jsonl", lines(*good) + '\n{"instr\n' + lines(*good))], "c.jsonl, line 2"
+    yield ["--dataset", write("d.json", "[ ]")], "d.json: no rows"
+    yield ["--dataset", write("e.jsonl", "\n")], "e.jsonl: no rows"
+    yield ["--dataset", write("f.json", json.dumps([dict(messages=[dict(role="user", text="x")])]))], "row 1: key 'content' is missing"
+    yield ["--dataset", write("g.json", json.dumps([dict(messages=[dict(role="bot", content="x")])]))], "key 'role' is 'bot'"
+    yield ["--dataset", write("h.json", json.dumps([dict(instuction="a", output="b")]))], "row 1: key 'instruction' is missing"
+    yield ["--dataset", write("i.json", "[{]")], "i.json: cannot be loaded"
+    yield ["--max-length", 8], "no usable row: {'dropped: longer than --max-length': 24}"
+    yield ["--eval-set", write("j.json", json.dumps([dict(CONFLICTS[0], answer="...")]))], "j.json: no usable evaluation item"
+    yield ["--eval-set", write("k.json", json.dumps([dict(context="c", question="q", answer="x")]))], "row 1: key 'memory_answer' is missing"
+    yield ["--eval-set", write("l.json", json.dumps([dict(prompt="p", classes="[1", answer_index=0)]))], "row 1: keys 'classes'"
+    yield ["--micro-batch-tokens", 100], "--micro-batch-tokens 100 cannot hold one row of --max-length 256"
+    yield ["--batch-size", 0], "--batch-size 0"
+    yield ["--lr", "nan"], "--lr nan"
+    yield ["--out-dir", folder], "holds another run"
+    yield ["--template", "chat"], "has no chat template"
+    yield ["--max-length", 4096], "has 512 positions"
+    yield ["--mitigation", "filter", "--dataset", write("m.json", json.dumps(good * 5))], "0 rows of"
+    yield ["--mitigation", "counterfactual", "--counterfactual-data", folder / "conflicts.json"], "all of it is being evaluated"
+    model, tokenizer = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)), folder / "llama"
+    model.save_pretrained(data / "bert")
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(data / "bert")
+    yield ["--model", data / "bert"], "is no causal LM"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read at import; the hub calls below fail either way
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for bad, message in broken(folder):
+        with pytest.raises(SystemExit) as error:
+            inversion.main(flags(folder, tmp_path / "run", *bad))
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("inversion.py: error: ")]
+        assert error.value.code == 2 and len(told) == 1 and message in told[0], (bad, told)
+        assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------- the promise
+def test_requirements_are_those_of_the_script():
+    block = re.search(r"dependencies = (\[.*\])", (HERE / "inversion.py").read_text())
+    assert json.loads(block[1]) == (HERE / "requirements.txt").read_text().split()
+
+
+def test_readme_commands_parse(monkeypatch):
+    texts = (HERE / "README.md").read_text() + inversion.__doc__
+    commands = re.findall(r"python inversion\.py((?: [^\n#`]*)?)", texts.replace("\\\n", " "))
+    assert len(commands) > 8
+    for command in commands:
+        inversion.parse_args(shlex.split(command))
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        inversion.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert all(entry[0] in shown for entry in inversion.FLAGS if not isinstance(entry, str))
