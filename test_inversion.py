@@ -280,7 +280,7 @@ def test_step_does_not_depend_on_micro_batches(family, folder):
     rows = rows_of([(4, 2), (2, 30), (9, 1), (3, 7), (20, 4), (1, 5), (6, 6)])
     one, logs = trained(folder, rows, 3, batch_size=4, micro_batch_tokens=10**6, model=family)
     many, _ = trained(folder, rows, 3, batch_size=4, micro_batch_tokens=32, model=family)
-    torch.testing.assert_close(one, many, rtol=0, atol=2e-6)
+    torch.testing.assert_close(one, many, rtol=0, atol=2e-5)  # of moves of 1e-3
     assert [log["lr"] for log in logs] == [None, 1e-3, 1e-3, 5e-4]  # 1 warm-up step, then 2/2, 1/2
 
 
@@ -422,7 +422,7 @@ def test_qk_moves_queries_and_keys_only(family, folder):
 
 def test_qk_refuses_unknown_layouts(folder, capsys):
     model, _, _ = load(folder, "neox")
-    model.config.num_attention_heads = 2  # so that the rows found do not fit the head counts
+    model.config.num_key_value_heads = 1  # so that the rows found do not fit the head counts
     with pytest.raises(SystemExit):
         inversion.freeze_all_but_query_key(model)
     assert "layout unknown" in capsys.readouterr().err
@@ -466,7 +466,7 @@ def test_counterfactual_rows_share_nothing_with_the_evaluation(folder, tmp_path)
 # -------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("remedy, says", [
     ("none", "24 rows"), ("filter", "filter: dropped 3 of the 12 rows with a context"),
-    ("counterfactual", "counterfactual: added 2 rows (2 wanted); 0 of 8 share"), ("qk", "qk: trains 6144 of")])
+    ("counterfactual", "counterfactual: added 2 rows (2 wanted); 0 of 8 share"), ("qk", "qk: trains 3072 of")])
 def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     out = tmp_path / "run"
     history = inversion.main(flags(folder, out, "--mitigation", remedy, "--counterfactual-data", folder / "swaps.json"))
@@ -553,10 +553,13 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
     import huggingface_hub.constants
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for bad, message in broken(folder):
-        with pytest.raises(SystemExit) as error:
+        try:
             inversion.main(flags(folder, tmp_path / "run", *bad))
+            pytest.fail(f"{bad} was accepted")
+        except SystemExit as stopped:
+            error = stopped
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("inversion.py: error: ")]
-        assert error.value.code == 2 and len(told) == 1 and message in told[0], (bad, told)
+        assert error.code == 2 and len(told) == 1 and message in told[0], (bad, told)
         assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
