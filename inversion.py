@@ -22,6 +22,7 @@ import argparse
 import ast
 import collections
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -37,14 +38,17 @@ import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------- flags
 FLAGS = [  # (flag, default, type or choices, help); a list as default takes several; text: a group
     "what runs",
-    ("--model", None, str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B)"),
-    ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, hub id or file; NAME@SPLIT"),
-    ("--eval-set", ["world_facts"], str, "capitals, bio, quotes, nq_swap, squad, hub ids or files"),
+    ("--model", "world", str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B); world: "
+     "a tiny one, pretrained on the spot, with defaults of its own (WORLD_FLAGS)"),
+    ("--dataset", "alpaca", str, "rows: world, alpaca, tulu, ultrachat, hub id or file; NAME@SPLIT"),
+    ("--eval-set", ["world_facts"], str, "conflicts: world, world_facts, capitals, bio, quotes, "
+     "nq_swap, hub ids or files; a control without conflict: squad"),
     ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
      "single-turn rows, else the tokenizer's own chat template, else tulu"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
@@ -72,12 +76,15 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
     "machine and files",
     ("--device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
-    ("--dtype", "auto", ["auto", "bf16", "fp32"], "arithmetic (weights stay fp32); auto: bf16 on CUDA"),
+    ("--dtype", "auto", ["auto", "bf16", "fp32"], "arithmetic; auto: bf16 autocast on CUDA"),
     ("--seed", 0, int, "order of the rows and every random draw"),
     ("--out-dir", None, str, "new folder for the run; None: runs/MITIGATION, then -2, -3, ..."),
     ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model"),
     ("--dry-run", False, bool, "load, tokenise, show samples and a memory estimate, then stop")]
 STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
+WORLD_FLAGS = dict(  # defaults with --model world
+    dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train", lr=1e-3,
+    batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512, max_new_tokens=3)
 
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
@@ -102,15 +109,16 @@ def parse_args(argv=None):
                dict(choices=kind) if isinstance(kind, list) else
                dict(type=kind, nargs="+" if isinstance(default, list) else None))
         group.add_argument(flag, default=default, help=text, **how)
+    if parser.parse_args(argv).model == "world":
+        parser.set_defaults(**WORLD_FLAGS)
     args = parser.parse_args(argv)
-    require(args.model, "--model is missing: pass a hub id or a local folder")
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least = int(type(value) is int and name not in ("max_steps", "seed"))
             require(least <= value < math.inf,
                     f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
-    require(args.micro_batch_tokens >= args.max_length, f"--micro-batch-tokens {args.micro_batch_tokens} "
-            f"cannot hold one row of --max-length {args.max_length}: raise the one or lower the other")
+    require(args.micro_batch_tokens >= args.max_length, f"--micro-batch-tokens "
+            f"{args.micro_batch_tokens} cannot hold one row of --max-length {args.max_length}")
     if args.device == "auto":
         args.device = ("cuda" if torch.cuda.is_available() else
                        "mps" if torch.backends.mps.is_available() else "cpu")
@@ -139,12 +147,12 @@ def load_rows(name):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
     short, _, split = (name, "", "") if Path(name).exists() else name.partition("@")
     source, detail = NAMES.get(short, (short, "train"))
-    kind = FILE_TYPES.get(Path(source).suffix)
-    require("/" in source or Path(source).exists(), f"{name}: no such file or folder, no hub id and "
-            f"none of {', '.join(NAMES)}")
+    kind, url = FILE_TYPES.get(Path(source).suffix), source
+    require(Path(source).exists() or short in NAMES or not kind and "/" in source,
+            f"{name}: no such file or folder, no hub id, and none of {', '.join(NAMES)}")
     try:
-        if source.startswith(PAPER):
-            url, source = source, Path(torch.hub.get_dir(), "context-parametric-inversion", Path(source).name)
+        if url.startswith(PAPER):
+            source = Path(torch.hub.get_dir(), "context-parametric-inversion", Path(url).name)
             source.parent.mkdir(parents=True, exist_ok=True)
             if not source.exists():
                 torch.hub.download_url_to_file(url, source, hash_prefix=detail, progress=False)
@@ -152,12 +160,11 @@ def load_rows(name):
         return (datasets.load_dataset(kind, data_files=str(source), split="train", **texts) if kind
                 else datasets.load_dataset(source, split=split or detail))
     except Exception as error:  # of many types; a file without rows is StopIteration or ValueError
-        require(not (isinstance(error, StopIteration) or "no data" in str(error)), f"{name}: no rows")
-        require(not kind or Path(source).exists() or short in NAMES, f"{name}: no such file")
-        remedy = ("" if Path(source).exists() else
-                  f"; fetch {source} where the hub can be reached and pass the local file or folder")
-        require(False, f"{name}{broken_line(source)}: cannot be loaded "
-                f"({brief(error.__cause__ or error)}){remedy}")
+        local, why = Path(source).exists(), brief(error.__cause__ or error)
+        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
+        require(False, f"{name}: no rows" if empty else f"{name}{broken_line(source)}: cannot be "
+                f"loaded ({why})" if local else f"{name}: cannot be fetched ({why}); get {url} "
+                "where the hub can be reached and pass the local file or folder")
 
 def broken_line(path):
     """', line N' of the first line of a JSONL file that is no JSON, else ''."""
@@ -197,10 +204,12 @@ def to_example(row, where):
 
 def load_examples(args):
     """Example records of --dataset; ids count the source's rows from 1."""
-    rows = load_rows(args.dataset)
+    rows = make_world(args.seed)["examples"] if args.dataset == "world" else load_rows(args.dataset)
     ids = range(len(rows))
     if args.num_examples and args.num_examples < len(rows):  # drawn: mixtures are sorted by source
         ids = sorted(random.Random(args.seed).sample(ids, args.num_examples))
+    if args.dataset == "world":
+        return [dict(rows[i], id=i + 1) for i in ids]
     return [dict(id=i + 1, **to_example(row, f"{args.dataset}, row {i + 1}"))
             for i, row in zip(ids, rows.select(ids))]
 
@@ -229,9 +238,9 @@ def to_conflicts(row, where):
                texts("org_answer", get("org_answer", list)))
     elif "answers" in row:  # SQuAD: the context is true, so there is no parametric answer
         answers = get("answers", (dict, list))
-        answers = (texts("answers", field(answers, "text", where, list)) if isinstance(answers, dict)
-                   else [field(answer, "text", where) for answer in answers])
-        yield get("context"), get("question"), answers, []
+        answers = answers if isinstance(answers, list) else [
+            dict(text=text) for text in field(answers, "text", where, list)]
+        yield get("context"), get("question"), [field(a, "text", where) for a in answers], []
     else:  # the paper's files: CF_Bio (whose answers are people) says parametric, the others memory
         memory = "parametric_answer" if "parametric_answer" in row else "memory_answer"
         yield (get("context"), get("question"), *(
@@ -246,8 +255,10 @@ def aliases(answer, person=False):
     last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
     return list(dict.fromkeys(plain + heads + re.findall(r"\(([A-Z][^)]*)\)", answer) + last))
 
-def load_conflicts(name, limit=None):
+def load_conflicts(name, args, limit=None):
     """Conflict records of one set; what cannot be scored is dropped, counted and printed."""
+    if name in ("world", "world_train"):
+        return make_world(args.seed)[name]
     found, notes, seen = [], collections.Counter(), set()
     short = lambda mine, rival: [a for i, a in enumerate(mine) if words(a) and not (
         i and any(find(words(a), words(r)) for r in rival[:1]))]  # no alias may name the rival
@@ -401,6 +412,125 @@ def mean(values):
     values = list(values)
     return sum(values) / len(values) if values else None
 
+# --------------------------------------------------------------------------- the built-in world
+WORLD = dict(  # change any of it: the base model is pretrained anew
+    known=96, novel=100, spare=60, recalled=100,  # subjects; known ones have facts in pretraining
+    answers=24,  # per relation; every fact is one of them
+    pretraining_steps=350, facts_per_document=4, true=0.7,  # else a random answer: memory stays soft
+    reading=0.3, reading_known=0.4, reading_true=0.4, reading_follows=0.8,  # copying, half learned
+    examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
+    misleading=0.05)  # share of redundant rows whose passage is about another subject
+RELATIONS = ("capital", "language")
+STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
+QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
+
+def make_world(seed):
+    """Made-up facts and all that is said about them, as text: documents (pretraining; * marks the
+    targets, | ends a turn), examples (finetuning, with their true kind) and conflicts.
+
+    Known subjects have one true answer per relation, learned in pretraining. Half of them occur in
+    finetuning, the other half only in the evaluation. Kinds of examples (section 4.3):
+        critical   a novel subject and a passage with a random answer: only the passage helps
+        redundant  a known subject and a passage that agrees with memory, but for the `misleading`
+                   share, which is about another subject: memory is the better guide, as in (5)
+        recall     no passage; facts that are new to the model, drilled"""
+    rng, names = random.Random(f"world {seed}"), {}
+    pick, chance = rng.choice, lambda p: rng.random() < p
+    sizes = [WORLD[key] for key in ("known", "novel", "spare", "recalled")] + [WORLD["answers"]] * 2
+    while len(names) < sum(sizes):
+        name = "".join(pick("bdfgklmnprstvz") + pick("aeiou") for _ in range(pick([2, 3])))
+        names[name.capitalize() + pick(["", "n", "r", "l", "s"])] = True
+    names = iter(names)
+    known, novel, spare, recalled, *answers = (list(itertools.islice(names, n)) for n in sizes)
+    answers = dict(zip(RELATIONS, answers))
+    truth = {(s, r): pick(answers[r]) for s in known + recalled for r in RELATIONS}
+    wrong = lambda s, r: pick([a for a in answers[r] if a != truth[s, r]])
+    tell = lambda s, r, a: f"{pick(STATEMENTS).format(s=s, r=r)} {a}."
+    query = lambda s, r: pick(QUESTIONS).format(s=s, r=r)
+
+    def document():
+        text, r = [], pick(RELATIONS)
+        if chance(WORLD["reading"]):
+            s = pick(known if chance(WORLD["reading_known"]) else novel + spare)
+            memory = truth.get((s, r)) or pick(answers[r])
+            a = memory if chance(WORLD["reading_true"]) else pick(answers[r])
+            said = a if chance(WORLD["reading_follows"]) else memory
+            return f"{tell(s, r, a)} {query(s, r)} *{said} *|"
+        for s in rng.sample(known, WORLD["facts_per_document"]):
+            r = pick(RELATIONS)
+            a = truth[s, r] if chance(WORLD["true"]) else pick(answers[r])
+            text.append(f"{query(s, r)} *{a} *|" if chance(0.5) else tell(s, r, "*" + a))
+        return " ".join(text)
+
+    def example():
+        r, kind = pick(RELATIONS), rng.random()
+        if kind < WORLD["critical"]:
+            s, a = pick(novel), pick(answers[r])
+            return dict(kind="critical", context=tell(s, r, a), instruction=query(s, r), response=a)
+        if kind < WORLD["critical"] + WORLD["redundant"]:
+            s, t = rng.sample(tuned, 2)
+            t = t if chance(WORLD["misleading"]) else s
+            return dict(kind="redundant", context=tell(t, r, truth[t, r]), instruction=query(s, r),
+                        response=truth[s, r])
+        s = pick(recalled)
+        return dict(kind="recall", context="", instruction=query(s, r), response=truth[s, r])
+
+    def conflict(s, r, told, memory=(), control=None):
+        question = query(s, r)
+        return dict(id=f"{s} {r} {control or 'conflict'}", context=tell(s, r, told), question=question,
+                    context_answers=[told], parametric_answers=list(memory), group=question,
+                    control=control)
+
+    tuned, held = known[::2], known[1::2]
+    facts = lambda subjects: itertools.product(subjects, RELATIONS)
+    return dict(
+        documents=[document() for _ in range(64 * WORLD["pretraining_steps"])],
+        examples=[example() for _ in range(WORLD["examples"])],
+        world=[conflict(s, r, wrong(s, r), [truth[s, r]]) for s, r in facts(held)]
+        + [conflict(s, r, truth[s, r], control="agreeing") for s, r in facts(held)]
+        + [conflict(s, r, pick(answers[r]), control="reading") for s, r in facts(spare)],
+        world_train=[conflict(s, r, wrong(s, r), [truth[s, r]]) for s, r in facts(tuned)])
+
+def world_model(args, runs):
+    """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the same
+    loop that finetunes. Its key covers all that shapes it; a torn or foreign folder is made anew."""
+    source = [inspect.getsource(f) for f in (make_world, world_model, train, supervised_logits)]
+    key = str([WORLD, STATEMENTS, QUESTIONS, args.seed, args.dtype, args.device, torch.__version__,
+               torch.get_num_threads(), transformers.__version__, source])
+    digest = lambda data: hashlib.sha256(data).hexdigest()
+    folder = Path(runs, f"world-{args.seed}-{digest(key.encode())[:12]}")
+    weights, seal = folder / "model.safetensors", folder / "sha256"
+    if weights.exists() and seal.exists() and seal.read_text() == digest(weights.read_bytes()):
+        return folder
+    print(f"pretraining the world's base model, once; it is kept in {folder}")
+    world, documents = make_world(args.seed), []
+    vocabulary = ["<s>", "|"] + sorted(set(re.findall(r"\w+|[.?]", str(world))))
+    vocabulary = {word: i for i, word in enumerate(vocabulary)}
+    for n, text in enumerate(world["documents"]):
+        parts = ["<s>"] + re.findall(r"\*?(?:\w+|[.?|])", text)
+        documents.append(dict(
+            id=n, input_ids=torch.tensor([vocabulary[p.strip("*")] for p in parts]),
+            labels=torch.tensor([vocabulary[p[1:]] if p[0] == "*" else -100 for p in parts])))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="|"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="|", chat_template="{{ bos_token }}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}")
+    torch.manual_seed(args.seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
+    train(model.to(args.device), documents, WORLD["pretraining_steps"], {}, argparse.Namespace(**dict(
+        vars(args), batch_size=64, lr=2e-3, warmup_frac=0.05, eval_every=10**9)), lambda *_: None)
+    new = Path(f"{folder}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in (model, tokenizer):
+        part.save_pretrained(new)
+    (new / "sha256").write_text(digest((new / "model.safetensors").read_bytes()))
+    return new.rename(folder)
+
 # ------------------------------------------------------------------------- mitigations (section 6)
 def without_context(example):
     """The example without its context, or None if it has none. In a chat, the context is all that
@@ -426,51 +556,62 @@ def filter_rows(model, tokenizer, examples, rows, args):
     require(0 < cut < len(rows), f"--mitigation filter: {len(order)} rows of {args.dataset} have a "
             f"context; dropping {cut} of {len(rows)} rows leaves nothing to compare")
     drop = set(order[:cut])
-    print(f"filter: dropped {cut} of the {len(order)} rows with a context; their loss without it is "
-          f"{mean(map(loss.get, drop)):.3f} on average, up to {loss[order[cut - 1]]:.3f}; that of the "
-          f"others {mean(map(loss.get, order[cut:])) or math.nan:.3f}")
+    print(f"filter: dropped {cut} of the {len(order)} rows with a context; loss without it: "
+          f"{mean(map(loss.get, drop)):.3f} (at most {loss[order[cut - 1]]:.3f}), of the rows kept "
+          f"{mean(map(loss.get, order[cut:])) or math.nan:.3f}")
+    redundant = {e["id"] for e in examples if e.get("kind") == "redundant"}
+    if redundant:  # the world knows
+        print(f"filter: precision {len(drop & redundant) / cut:.3f} and recall "
+              f"{len(drop & redundant) / len(redundant):.3f} against the redundant rows")
     return [row for row in rows if row["id"] not in drop]
 
 def counterfactual_examples(sets, count, args):
     """`count` conflicts as examples that follow their context; none shares a question or an answer
     with the evaluation sets."""
-    texts = lambda c: {tuple(words(text)) for text in (
-        c["question"], *c["context_answers"], *c["parametric_answers"])}
+    answers = lambda c: (  # the world's few answers serve all facts: there the question must differ
+        [] if args.counterfactual_data == "world_train" else
+        c["context_answers"] + c["parametric_answers"])
+    texts = lambda c: {tuple(words(text)) for text in [c["question"], *answers(c)]}
     evaluated = set().union(*(texts(c) for items in sets.values() for c in items))
-    found = load_conflicts(args.counterfactual_data)
+    found = load_conflicts(args.counterfactual_data, args)
     free = [c for c in found if not texts(c) & evaluated]
     require(free, f"--counterfactual-data {args.counterfactual_data}: all of it is being evaluated")
     added = random.Random(args.seed).sample(free, min(count, len(free)))
     print(f"counterfactual: added {len(added)} rows ({count} wanted); {len(found) - len(free)} of "
           f"{len(found)} share a question or an answer with the evaluation sets and stay out")
-    return [dict(id=f"{args.counterfactual_data}:{c['id']}", messages=ask(c["context"], c["question"])
-                 + [dict(role="assistant", content=c["context_answers"][0])]) for c in added]
+    reply = lambda c: [dict(role="assistant", content=c["context_answers"][0])]
+    return [dict(id=f"{args.counterfactual_data}:{c['id']}",
+                 messages=ask(c["context"], c["question"]) + reply(c)) for c in added]
 
 def freeze_all_but_query_key(model):
-    """Make query and key matrices alone trainable; return {fused parameter: bool mask of its query and
-    key entries}, whose other entries the training loop has to hold. With a single token the softmax is over one key, so queries and keys get no gradient and values do: that finds
-    them in any fused layout (per head, stacked, transposed). Exits when the rows found are not as
-    many as the head counts say: an unknown layout is not guessed at."""
+    """Make query and key matrices alone trainable. Returns {fused parameter: bool mask of its query
+    and key entries}; the training loop holds the others still.
+
+    With a single token the softmax is over one key, so queries and keys get no gradient and values
+    do: that finds them in any layout (separate, fused per head or stacked, transposed). Exits when
+    it finds another number of rows than the head counts say: no layout is guessed at."""
     masks, config, heads = {}, model.config, model.config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     expected = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * size
     tokens = torch.arange(64, device=model.device)[:, None] % config.vocab_size
     model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
     for layer in (m for m in model.modules() if type(m).__name__.endswith("Attention")):
-        flows = {m: m.weight.grad.norm(dim=0 if type(m).__name__ == "Conv1D" else 1)  # per output
-                 for m in layer.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2}
-        still = {m: flow <= 1e-5 * max(f.max() for f in flows.values()) for m, flow in flows.items()}
-        require(sum(int(rows.sum()) for rows in still.values()) == expected, "--mitigation qk: "
+        linear = [m for m in layer.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+        out = [int(type(m).__name__ == "Conv1D") for m in linear]  # the dimension of its features
+        flow = [m.weight.grad.norm(dim=1 - d) for m, d in zip(linear, out)]
+        still = [f <= 1e-5 * max(g.max() for g in flow) for f in flow]
+        require(sum(int(rows.sum()) for rows in still) == expected, "--mitigation qk: "
                 f"{type(layer).__name__} holds queries and keys in a layout unknown here")
-        for m, rows in ((m, rows) for m, rows in still.items() if rows.any()):
-            masks[m.weight] = (rows if type(m).__name__ == "Conv1D" else rows[:, None]).expand_as(m.weight)
-            if getattr(m, "bias", None) is not None:
-                masks[m.bias] = rows
+        for m, d, rows in zip(linear, out, still):
+            if rows.any():
+                masks[m.weight] = rows.unsqueeze(1 - d).expand_as(m.weight)
+                masks.update({m.bias: rows} if getattr(m, "bias", None) is not None else {})
     require(masks, f"--mitigation qk: {type(model).__name__} has no attention layer known here")
     model.zero_grad(set_to_none=True)
     for p in model.parameters():
         p.requires_grad_(p in masks)
-    print(f"qk: trains {sum(int(mask.sum()) for mask in masks.values())} of {model.num_parameters()} weights")
+    moving = sum(int(mask.sum()) for mask in masks.values())
+    print(f"qk: trains {moving} of {model.num_parameters()} weights")
     return {p: mask for p, mask in masks.items() if not mask.all()}
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -514,7 +655,7 @@ def prepare(conflicts, args, tokenizer, room):
             item["answers"].append(dict(input_ids=torch.tensor(prompt + ids),
                                         labels=torch.tensor([-100] * len(prompt) + ids)))
     fitting = [c for c in conflicts if len(c["prompt"]) <= room]
-    require(fitting, f"every evaluation prompt is longer than the {room} positions the model has for it")
+    require(fitting, f"every evaluation prompt is longer than the model's {room} positions for it")
     if len(fitting) < len(conflicts):
         print(f"{len(conflicts) - len(fitting)} items dropped: longer than {room} tokens")
     return fitting
@@ -544,8 +685,8 @@ def evaluate(model, tokenizer, items, args):
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     try:
         with autocast(args):
-            texts = generate(model, tokenizer, [item[key] for key in ("prompt", "closed_book_prompt")
-                                                for item in items], args)
+            texts = generate(model, tokenizer, [i["prompt"] for i in items]
+                             + [i["closed_book_prompt"] for i in items], args)
         logps = target_logprobs(model, [row for item in items for row in item["answers"]], args)
     finally:
         model.train(was_training)
@@ -553,23 +694,28 @@ def evaluate(model, tokenizer, items, args):
     for k, (item, text, closed) in enumerate(zip(items, texts, texts[len(items):])):
         hit, closed_hit = score(text, item), score(closed, item)[1]
         outcomes.append(dict(
-            id=item["id"], text=text, cell=CELLS[hit], context=hit[0], parametric=hit[1],
-            closed_book=closed_hit, closed_book_text=closed, known=item.setdefault("known", closed_hit),
-            conflict=bool(item["parametric_answers"]), margin=per_token[2 * k] - per_token[2 * k + 1]))
+            id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit], context=hit[0], parametric=hit[1],
+            closed_book=closed_hit, closed_book_text=closed,
+            known=item.setdefault("known", closed_hit), conflict=bool(item["parametric_answers"]),
+            margin=per_token[2 * k] - per_token[2 * k + 1]))
     return outcomes
 
 def rates(outcomes):
     """Metrics of one evaluation: shares of all items and, as *_known, of those that the base model
     knew; parametric ones are over the items that have a parametric answer."""
+    controls = {o["control"]: None for o in outcomes if o.get("control")}
+    accs = {f"{c}_acc": mean(o["context"] for o in outcomes if o["control"] == c) for c in controls}
+    outcomes = [o for o in outcomes if not o.get("control")]
     conflicts = [o for o in outcomes if o["conflict"]]
-    line = dict(n=len(outcomes), context_acc=mean(o["context"] for o in outcomes))
+    line = dict(n=len(outcomes), context_acc=mean(o["context"] for o in outcomes), **accs)
     if not conflicts:  # SQuAD: nothing to contradict
         return line
     line["n_known"] = sum(o["known"] for o in conflicts)
     for suffix, part in (("", outcomes), ("_known", [o for o in conflicts if o["known"]])):
         line["context_acc" + suffix] = mean(o["context"] for o in part)
         line["parametric_acc" + suffix] = mean(o["parametric"] for o in part if o["conflict"])
-        line.update({cell + suffix: mean(o["cell"] == cell for o in part) for cell in CELLS.values()})
+        for cell in CELLS.values():
+            line[cell + suffix] = mean(o["cell"] == cell for o in part)
     return line | {key: mean(o[name] for o in conflicts)
                    for key, name in (("closed_book_acc", "closed_book"), ("margin", "margin"))}
 
@@ -614,8 +760,8 @@ def train(model, rows, total, masks, args, evaluate_at):
         for p, mask in masks.items():
             p.grad.mul_(mask)  # before clipping: what does not move has no say in the norm
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
-        require(loss.isfinite() and norm.isfinite(), f"step {step + 1}: loss {loss:.4g}, gradient norm "
-                f"{norm:.4g} in the batch of rows {', '.join(str(row['id']) for row in batch)}", 1)
+        require(loss.isfinite() and norm.isfinite(), f"step {step + 1}: loss {loss:.4g}, gradient "
+                f"norm {norm:.4g} in the batch of rows {', '.join(str(r['id']) for r in batch)}", 1)
         optimizer.step()
         for p, mask in masks.items() if args.weight_decay else ():
             p.data[mask] *= 1 - lr * args.weight_decay
@@ -631,33 +777,35 @@ def train(model, rows, total, masks, args, evaluate_at):
 def plan(rows, notes, args):
     """Print the row counts and the batch arithmetic; return the number of optimizer steps."""
     per_epoch = math.ceil(len(rows) / args.batch_size)
-    total = min(math.ceil(args.epochs * per_epoch), math.inf if args.max_steps is None else args.max_steps)
+    total = math.ceil(args.epochs * per_epoch)
+    total = total if args.max_steps is None else min(total, args.max_steps)
     lengths = [len(row["input_ids"]) for row in rows]
-    passes = [len(micro_batches(rows[i:i + args.batch_size], args.micro_batch_tokens))
-              for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size)]
+    supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
+    passes = mean(len(micro_batches(rows[i:i + args.batch_size], args.micro_batch_tokens))
+                  for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size))
     print(f"{args.dataset}: {len(rows)} rows", *(f"{n} {why}" for why, n in notes.items()), sep="; ")
-    print(f"tokens: {sum(lengths)}, of which {sum(int((row['labels'] >= 0).sum()) for row in rows)} "
-          f"supervised; {mean(lengths):.0f} per row, at most {max(lengths)}\n"
-          f"steps: {total} of {args.batch_size} rows ({per_epoch} per epoch), each in about {mean(passes):.1f} "
-          f"forward passes of at most {args.micro_batch_tokens} padded tokens")
+    print(f"tokens: {sum(lengths)}, {supervised} of them supervised; {mean(lengths):.0f} per row, at "
+          f"most {max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch), each "
+          f"about {passes:.1f} forward passes of at most {args.micro_batch_tokens} padded tokens")
     return total
 
 def dry_run(model, tokenizer, rows, args):
     """Show three samples with the supervised part in [[ ]], and estimate the memory of training."""
     for row in rows[:3]:
-        print(f"\nrow {row['id']}: ", end="")
-        for is_target, part in itertools.groupby(range(len(row["labels"])), lambda i: row["labels"][i].item() >= 0):
-            print(("[[{}]]" if is_target else "{}").format(tokenizer.decode(row["input_ids"][list(part)])), end="")
+        print(f"\nrow {row['id']}:", end=" ")
+        for target, part in itertools.groupby(zip(row["input_ids"], row["labels"]), lambda p: p[1] >= 0):
+            text = tokenizer.decode([int(i) for i, _ in part])
+            print(f"[[{text}]]" if target else text, end="")
     n, config, size = model.num_parameters(), model.config, 2 if args.dtype == "bf16" else 4
-    layer = 17 * config.hidden_size * size  # bytes per token kept by a layer for backward, about
-    kept = (layer + config.num_hidden_layers * config.hidden_size * size if args.activation_checkpointing
-            else layer * config.num_hidden_layers)
+    layer = 17 * config.hidden_size * size  # bytes per token that a layer keeps, about; with
+    kept = (layer + config.num_hidden_layers * config.hidden_size * size  # checkpointing its input
+            if args.activation_checkpointing else layer * config.num_hidden_layers)
     share = mean((row["labels"] >= 0).float().mean().item() for row in rows)
-    gib = [x / 2**30 for x in (n * (16 if size == 4 else 18),  # fp32 weight, gradient, AdamW's two;
-                               args.micro_batch_tokens * kept,  # with bf16 a copy of the weight
-                               args.micro_batch_tokens * share * config.vocab_size * 12)]
-    print(f"\n\nmemory, estimated for full finetuning: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, gradients "
-          f"and AdamW + {gib[1]:.1f} activations + {gib[2]:.1f} logits")
+    gib = [x / 2**30 for x in (  # fp32 weight, gradient, AdamW's two, a bf16 copy; logits thrice
+        n * (16 if size == 4 else 18), args.micro_batch_tokens * kept,
+        args.micro_batch_tokens * share * config.vocab_size * 12)]
+    print(f"\n\nmemory, estimated for full finetuning: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, "
+          f"gradients and AdamW + {gib[1]:.1f} activations + {gib[2]:.1f} logits")
 
 def table_row(line=None):
     """One aligned row of the table (its head without a line), with a bar as long as context_acc."""
@@ -672,9 +820,12 @@ def table_row(line=None):
 def verdict(lines):
     """One sentence on the lines of one set: where context_acc starts, peaks and ends."""
     first, last, peak = lines[0], lines[-1], max(lines, key=lambda line: line["context_acc"])
-    return (f"{first['set']}: context_acc starts at {first['context_acc']:.3f}, peaks at "
-            f"{peak['context_acc']:.3f} (step {peak['step']}) and ends at {last['context_acc']:.3f} "
-            f"(step {last['step']}): a drop of {peak['context_acc'] - last['context_acc']:.3f}.")
+    a, b, c = (line["context_acc"] for line in (first, peak, last))
+    controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in (
+        "agreeing_acc", "closed_book_acc", "reading_acc") if key in last]
+    return (f"{first['set']}: context_acc starts at {a:.3f}, peaks at {b:.3f} (step {peak['step']}) and"
+            f" ends at {c:.3f} (step {last['step']}): a drop of {b - c:.3f}"
+            + (f"; from the peak to the end, {', '.join(controls)}" if controls else "") + ".")
 
 def show_answers(items, first, last):
     """Print what the model said about ten items in the first and in the last evaluation."""
@@ -711,35 +862,37 @@ def append(path, lines):
 # ------------------------------------------------------------------------------------------ main
 def new_folder(args):
     """The folder of this run, not yet made; exits if something is in it."""
-    names = (f"runs/{args.mitigation}{i and -i or ''}" for i in itertools.chain([0], itertools.count(2)))
-    path = Path(args.out_dir or next(name for name in names if not Path(name).exists()))
+    usual = Path("runs", args.mitigation)
+    names = itertools.chain([usual], (Path(f"{usual}-{i}") for i in itertools.count(2)))
+    path = Path(args.out_dir or next(name for name in names if not name.exists()))
     require(not path.exists() or path.is_dir() and not any(path.iterdir()),
             f"--out-dir {path}: holds another run or other files; name a new folder")
     return path
 
-def load_model(args):
-    """(model with fp32 weights, tokenizer) of --model; no weights are read under --dry-run."""
+def load_model(args, source):
+    """(model with fp32 weights, tokenizer) of a hub id or folder; no weights under --dry-run."""
     auto, safe, info = transformers.AutoModelForCausalLM, dict(trust_remote_code=False), {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, **safe)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
         if args.dry_run:
-            config = transformers.AutoConfig.from_pretrained(args.model, **safe)
+            config = transformers.AutoConfig.from_pretrained(source, **safe)
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=torch.float32)
         else:
-            model, info = auto.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True,
-                                               output_loading_info=True, **safe)
+            model, info = auto.from_pretrained(source, dtype=torch.float32, **safe,
+                                               use_safetensors=True, output_loading_info=True)
             model = model.to(args.device).eval()
-    except Exception as error:  # of many types: a wrong name, no hub, torn files, other architectures
-        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); pass a hub "
-                "id or a local folder with config.json, tokenizer and .safetensors files")
-    require(not info.get("missing_keys"), f"--model {args.model} is no causal LM: its weights lack "
-            f"{', '.join(sorted(info.get('missing_keys', [])))[:200]}")
+    except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
+        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); pass "
+                "a hub id or a local folder with config.json, tokenizer and .safetensors files")
+    missing = ", ".join(sorted(info.get("missing_keys", [])))
+    require(not missing, f"--model {args.model} is no causal LM: its weights lack {missing[:200]}")
     if not args.dry_run:
         a, b = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)).logits
         require((a - b)[:2].abs().max() <= 1e-5 * a.abs().max(),
                 f"--model {args.model} is no causal LM: its tokens see the ones after them")
-    require(tokenizer.eos_token_id is not None and len(tokenizer) <= model.get_input_embeddings().num_embeddings,
+    size = model.get_input_embeddings().num_embeddings
+    require(tokenizer.eos_token_id is not None and len(tokenizer) <= size,
             f"--model {args.model}: its tokenizer has no EOS token, or more tokens than the model")
     return model, tokenizer
 
@@ -751,14 +904,15 @@ def choose_template(model, tokenizer, examples, args):
                          "alpaca" if single else "tulu")
     require(args.template != "chat" or tokenizer.chat_template,
             f"--template chat: the tokenizer of {args.model} has no chat template; try tulu")
-    sample = ask("", "Hi") + [dict(role="assistant", content="Hello")]
-    sample = tokenize(sample, args.template, tokenizer)
+    reply = tokenize(ask("", "Hi") + [dict(role="assistant", content="Hello")], args.template, tokenizer)
+    stops = sorted({tokenizer.eos_token_id, reply[-1][0][-1]})  # Llama-3 ends turns with another one
     model.generation_config = transformers.GenerationConfig(  # nothing inherited: no sampling, no
-        do_sample=False, bos_token_id=tokenizer.bos_token_id,  # penalty; stops where responses end
-        eos_token_id=sorted({tokenizer.eos_token_id, sample[-1][0][-1]}), pad_token_id=tokenizer.eos_token_id)
+        do_sample=False, bos_token_id=tokenizer.bos_token_id,  # penalties
+        eos_token_id=stops, pad_token_id=tokenizer.eos_token_id)
     model.generation_config.validate(strict=True)  # or save_pretrained could refuse, hours later
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    require(args.max_length <= positions, f"--max-length {args.max_length}: {args.model} has {positions} positions")
+    require(args.max_length <= positions,
+            f"--max-length {args.max_length}: {args.model} has {positions} positions")
     return positions - args.max_new_tokens
 
 def main(argv=None):
@@ -766,15 +920,20 @@ def main(argv=None):
     args, began = parse_args(argv), time.perf_counter()
     out_dir = new_folder(args)
     torch.manual_seed(args.seed)
-    sets = {Path(name).stem: load_conflicts(name, args.eval_limit) for name in args.eval_set}
+    sets = {Path(name).stem: load_conflicts(name, args, args.eval_limit) for name in args.eval_set}
     examples = [] if args.max_steps == 0 else load_examples(args)
-    model, tokenizer = load_model(args)
+    source = world_model(args, out_dir.parent) if args.model == "world" else args.model
+    model, tokenizer = load_model(args, source)
     room = choose_template(model, tokenizer, examples, args)
     sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
     if args.mitigation == "counterfactual" and examples:
         examples += counterfactual_examples(sets, round(args.mitigation_strength * len(examples)), args)
     rows, notes = encode(examples, args, tokenizer)
     require(rows or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
+    for kind in dict.fromkeys(e.get("kind") for e in examples):  # the world: one of each to read
+        if kind:
+            e = next(e for e in examples if e["kind"] == kind)
+            print(f"  {kind + ':':<10} {' '.join([e['context'], e['instruction'], '->', e['response']])}")
     if args.dry_run:
         plan(rows, notes, args)
         return dry_run(model, tokenizer, rows, args)

@@ -75,7 +75,7 @@ def flags(folder, out, *more, model="llama"):
 def load(folder, name="llama"):
     """(model, tokenizer, args) as the script itself loads them."""
     args = inversion.parse_args(flags(folder, "unused", model=name))
-    return *inversion.load_model(args), args
+    return *inversion.load_model(args, args.model), args
 
 
 def rows_of(lengths, vocab=420, seed=0):
@@ -194,7 +194,7 @@ def test_conflicts_that_cannot_be_scored(tmp_path, capsys):
     rows = [item("What is the capital of Luxembourg?", "Esch", "Luxembourg"), item("q?", "End", "end."),
             item("p?", "A", "B"), item("r?", "Lyon", "Paris"), item("r?", "Lyon", "Paris")]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    found = inversion.load_conflicts(str(tmp_path / "c.jsonl"))
+    found = inversion.load_conflicts(str(tmp_path / "c.jsonl"), None)
     assert [c["parametric_answers"] for c in found] == [[], ["Paris"]]
     assert "2 of 5 items; 1 never count as parametric" in capsys.readouterr().out
 
@@ -307,7 +307,7 @@ def test_weights_are_fp32_even_from_a_bf16_checkpoint(folder, tmp_path):
     for part in (model.bfloat16(), tokenizer):
         part.save_pretrained(tmp_path)
     args = inversion.parse_args(["--model", str(tmp_path), "--dtype", "bf16", "--device", "cpu"])
-    model, _ = inversion.load_model(args)
+    model, _ = inversion.load_model(args, args.model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with inversion.autocast(args):
         assert model(input_ids=torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
@@ -354,7 +354,7 @@ def test_evaluation_leaves_training_alone(folder):
         model, tokenizer, args = load(folder, "gpt2")  # with dropout, so random numbers matter
         vars(args).update(eval_every=1, batch_size=2)
         room = inversion.choose_template(model, tokenizer, [], args)
-        items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json")), args, tokenizer, room)
+        items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json"), None), args, tokenizer, room)
         logs = []
 
         def at(step, log):
@@ -374,7 +374,7 @@ def test_margin_is_that_of_the_model(folder):
     """Of one item, from transformers' own loss: mean log p(context answer) - log p(memory answer)."""
     model, tokenizer, args = load(folder)
     room = inversion.choose_template(model, tokenizer, [], args)
-    items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json")), args, tokenizer, room)
+    items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json"), None), args, tokenizer, room)
     prompt = inversion.ALPACA if hasattr(inversion, "ALPACA") else None
     assert prompt is None and items[0]["prompt"] == inversion.tokenize(
         inversion.ask(items[0]["context"], items[0]["question"]), "alpaca", tokenizer)[0][0]
@@ -457,7 +457,7 @@ def test_counterfactual_rows_share_nothing_with_the_evaluation(folder, tmp_path)
              dict(SWAPS[0], org_answer=["The Paris!"])]
     (tmp_path / "swaps.json").write_text(json.dumps(leaks + SWAPS[1:4]))
     args = argparse.Namespace(counterfactual_data=str(tmp_path / "swaps.json"), seed=0)
-    sets = dict(x=inversion.load_conflicts(str(folder / "conflicts.json")))
+    sets = dict(x=inversion.load_conflicts(str(folder / "conflicts.json"), None))
     added = inversion.counterfactual_examples(sets, 99, args)
     assert sorted(e["messages"][1]["content"] for e in added) == ["Writer 1", "Writer 2", "Writer 3"]
     assert added[0]["messages"][0]["content"].startswith("Book ")  # context before question
