@@ -209,7 +209,7 @@ def load_examples(args):
     if args.num_examples and args.num_examples < len(rows):  # drawn: mixtures are sorted by source
         ids = sorted(random.Random(args.seed).sample(ids, args.num_examples))
     if args.dataset == "world":
-        return [dict(rows[i], id=i + 1) for i in ids]
+        return [rows[i] for i in ids]
     return [dict(id=i + 1, **to_example(row, f"{args.dataset}, row {i + 1}"))
             for i, row in zip(ids, rows.select(ids))]
 
@@ -414,12 +414,12 @@ def mean(values):
 
 # --------------------------------------------------------------------------- the built-in world
 WORLD = dict(  # change any of it: the base model is pretrained anew
-    known=96, novel=100, spare=60, recalled=100,  # subjects; known ones have facts in pretraining
-    answers=24,  # per relation; every fact is one of them
-    pretraining_steps=350, facts_per_document=4, true=0.7,  # else a random answer: memory stays soft
-    reading=0.3, reading_known=0.4, reading_true=0.4, reading_follows=0.8,  # copying, half learned
+    known=80, novel=250, answers=24,  # subjects with and without facts; possible answers per relation
+    pretraining_steps=450, facts_per_document=5, true=0.7,  # else a random answer: soft memory
+    reading=0.35, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
+    follows_known=0.75, follows_novel=0.4,  # answers that follow the passage: copying, half learned
     examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.05)  # share of redundant rows whose passage is about another subject
+    misleading=0.07)  # share of redundant rows whose passage is about another subject
 RELATIONS = ("capital", "language")
 STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
 QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
@@ -428,68 +428,60 @@ def make_world(seed):
     """Made-up facts and all that is said about them, as text: documents (pretraining; * marks the
     targets, | ends a turn), examples (finetuning, with their true kind) and conflicts.
 
-    Known subjects have one true answer per relation, learned in pretraining. Half of them occur in
-    finetuning, the other half only in the evaluation. Kinds of examples (section 4.3):
+    Known subjects have one true answer per relation, learned in pretraining. Half of them, the tuned
+    ones, occur in finetuning, the other half only in the evaluation. Kinds of examples (section 4.3):
         critical   a novel subject and a passage with a random answer: only the passage helps
-        redundant  a known subject and a passage that agrees with memory, but for the `misleading`
-                   share, which is about another subject: memory is the better guide, as in (5)
-        recall     no passage; facts that are new to the model, drilled"""
+        redundant  a tuned subject and a true passage, but for the `misleading` share, whose passage
+                   is about another subject: memory is the better guide, as section 5 assumes
+        recall     a tuned subject and no passage"""
     rng, names = random.Random(f"world {seed}"), {}
-    pick, chance = rng.choice, lambda p: rng.random() < p
-    sizes = [WORLD[key] for key in ("known", "novel", "spare", "recalled")] + [WORLD["answers"]] * 2
-    while len(names) < sum(sizes):
+    pick, chance = rng.choice, lambda key: rng.random() < WORLD[key]
+    while len(names) < WORLD["known"] + WORLD["novel"] + 2 * WORLD["answers"]:
         name = "".join(pick("bdfgklmnprstvz") + pick("aeiou") for _ in range(pick([2, 3])))
         names[name.capitalize() + pick(["", "n", "r", "l", "s"])] = True
     names = iter(names)
-    known, novel, spare, recalled, *answers = (list(itertools.islice(names, n)) for n in sizes)
-    answers = dict(zip(RELATIONS, answers))
-    truth = {(s, r): pick(answers[r]) for s in known + recalled for r in RELATIONS}
+    take = lambda key: list(itertools.islice(names, WORLD[key]))
+    known, novel, answers = take("known"), take("novel"), {r: take("answers") for r in RELATIONS}
+    tuned, held = known[::2], known[1::2]
+    truth = {(s, r): pick(answers[r]) for s in known for r in RELATIONS}
     wrong = lambda s, r: pick([a for a in answers[r] if a != truth[s, r]])
     tell = lambda s, r, a: f"{pick(STATEMENTS).format(s=s, r=r)} {a}."
     query = lambda s, r: pick(QUESTIONS).format(s=s, r=r)
 
     def document():
-        text, r = [], pick(RELATIONS)
-        if chance(WORLD["reading"]):
-            s = pick(known if chance(WORLD["reading_known"]) else novel + spare)
+        s, r = pick(known if chance("reading_known") else novel), pick(RELATIONS)
+        if chance("reading"):
             memory = truth.get((s, r)) or pick(answers[r])
-            a = memory if chance(WORLD["reading_true"]) else pick(answers[r])
-            said = a if chance(WORLD["reading_follows"]) else memory
-            return f"{tell(s, r, a)} {query(s, r)} *{said} *|"
-        for s in rng.sample(known, WORLD["facts_per_document"]):
-            r = pick(RELATIONS)
-            a = truth[s, r] if chance(WORLD["true"]) else pick(answers[r])
-            text.append(f"{query(s, r)} *{a} *|" if chance(0.5) else tell(s, r, "*" + a))
-        return " ".join(text)
+            told = memory if chance("reading_true") else pick(answers[r])
+            said = told if chance("follows_known" if s in known else "follows_novel") else memory
+            return f"{tell(s, r, told)} {query(s, r)} *{said} *|"
+        facts = [(s, r, truth[s, r] if chance("true") else pick(answers[r]))
+                 for s in rng.sample(known, WORLD["facts_per_document"]) for r in [pick(RELATIONS)]]
+        return " ".join(pick([f"{query(s, r)} *{a} *|", tell(s, r, "*" + a)]) for s, r, a in facts)
 
     def example():
-        r, kind = pick(RELATIONS), rng.random()
+        r, kind, (s, other) = pick(RELATIONS), rng.random(), rng.sample(tuned, 2)
         if kind < WORLD["critical"]:
             s, a = pick(novel), pick(answers[r])
             return dict(kind="critical", context=tell(s, r, a), instruction=query(s, r), response=a)
-        if kind < WORLD["critical"] + WORLD["redundant"]:
-            s, t = rng.sample(tuned, 2)
-            t = t if chance(WORLD["misleading"]) else s
-            return dict(kind="redundant", context=tell(t, r, truth[t, r]), instruction=query(s, r),
-                        response=truth[s, r])
-        s = pick(recalled)
-        return dict(kind="recall", context="", instruction=query(s, r), response=truth[s, r])
+        told = other if chance("misleading") else s
+        redundant = kind < WORLD["critical"] + WORLD["redundant"]
+        return dict(kind="redundant" if redundant else "recall", instruction=query(s, r),
+                    context=tell(told, r, truth[told, r]) if redundant else "", response=truth[s, r])
 
-    def conflict(s, r, told, memory=(), control=None):
-        question = query(s, r)
-        return dict(id=f"{s} {r} {control or 'conflict'}", context=tell(s, r, told), question=question,
-                    context_answers=[told], parametric_answers=list(memory), group=question,
-                    control=control)
+    def conflict(s, r, told, control=None):
+        memory = [] if control else [truth[s, r]]
+        return dict(id=f"{s} {r} {control or told}", context=tell(s, r, told), question=query(s, r),
+                    context_answers=[told], parametric_answers=memory, group=s, control=control)
 
-    tuned, held = known[::2], known[1::2]
     facts = lambda subjects: itertools.product(subjects, RELATIONS)
     return dict(
         documents=[document() for _ in range(64 * WORLD["pretraining_steps"])],
-        examples=[example() for _ in range(WORLD["examples"])],
-        world=[conflict(s, r, wrong(s, r), [truth[s, r]]) for s, r in facts(held)]
-        + [conflict(s, r, truth[s, r], control="agreeing") for s, r in facts(held)]
-        + [conflict(s, r, pick(answers[r]), control="reading") for s, r in facts(spare)],
-        world_train=[conflict(s, r, wrong(s, r), [truth[s, r]]) for s, r in facts(tuned)])
+        examples=[dict(example(), id=i + 1) for i in range(WORLD["examples"])],
+        world=[conflict(s, r, wrong(s, r)) for s, r in facts(held)]
+        + [conflict(s, r, truth[s, r], "agreeing") for s, r in facts(held)]
+        + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:WORLD["known"]])],
+        world_train=[conflict(s, r, wrong(s, r)) for _ in range(25) for s, r in facts(tuned)])
 
 def world_model(args, runs):
     """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the same
@@ -829,8 +821,9 @@ def verdict(lines):
 
 def show_answers(items, first, last):
     """Print what the model said about ten items in the first and in the last evaluation."""
-    print(f"\nfirst and last answer to ten of {len(items)} items:")
-    for i in range(0, len(items), math.ceil(len(items) / 10)):
+    shown = [i for i, item in enumerate(items) if not item.get("control")]
+    print(f"\nfirst and last answer to ten of {len(shown)} conflicts:")
+    for i in shown[::math.ceil(len(shown) / 10)]:
         memory = "".join(f", memory: {a}" for a in items[i]["parametric_answers"][:1])
         print(f"  {items[i]['question'][:90]} (context: {items[i]['context_answers'][0]}{memory})")
         for outcome in (first[i], last[i]):

@@ -518,7 +518,7 @@ def broken(folder):
     yield ["--dataset", "nosuchname"], "nosuchname: no such file or folder"
     yield ["--dataset", data / "gone.jsonl"], "gone.jsonl: no such file"
     yield ["--model", data / "gone"], "gone: cannot be loaded"
-    yield ["--eval-set", "no/such-set"], "fetch no/such-set where the hub can be reached"
+    yield ["--eval-set", "no/such-set"], "get no/such-set where the hub can be reached"
     yield ["--model", "no/such-model"], "pass a hub id or a local folder"
     yield ["--dataset", write("a.jsonl", lines(*good, dict(instruction="a", input="")))], "a.jsonl, row 2: key 'output' is missing"
     yield ["--dataset", write("b.jsonl", lines(*good, dict(good[0], output=3)))], "b.jsonl, row 2: key 'output' is a int"
