@@ -44,9 +44,9 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------- flags
 FLAGS = [  # (flag, default, type or choices, help); a list as default takes several; text: a group
     "what runs",
-    ("--model", "world", str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B); world: "
-     "a tiny one, pretrained on the spot, with defaults of its own (WORLD_FLAGS)"),
-    ("--dataset", "alpaca", str, "rows: world, alpaca, tulu, ultrachat, hub id or file; NAME@SPLIT"),
+    ("--model", "world", str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B); "
+     "world: a tiny one, pretrained on the spot, with defaults of its own (WORLD_FLAGS)"),
+    ("--dataset", "alpaca", str, "rows: world, alpaca, tulu, ultrachat, hub id, file; NAME@SPLIT"),
     ("--eval-set", ["world_facts"], str, "conflicts: world, world_facts, capitals, bio, quotes, "
      "nq_swap, hub ids or files; a control without conflict: squad"),
     ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
@@ -83,8 +83,9 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--dry-run", False, bool, "load, tokenise, show samples and a memory estimate, then stop")]
 STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
 WORLD_FLAGS = dict(  # defaults with --model world
-    dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train", lr=1e-3,
-    batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512, max_new_tokens=3)
+    dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train",
+    lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
+    max_new_tokens=3)
 
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
@@ -414,12 +415,12 @@ def mean(values):
 
 # --------------------------------------------------------------------------- the built-in world
 WORLD = dict(  # change any of it: the base model is pretrained anew
-    known=80, novel=250, answers=24,  # subjects with and without facts; possible answers per relation
+    known=80, novel=160, answers=24,  # subjects with and without facts; answers per relation
     pretraining_steps=450, facts_per_document=5, true=0.7,  # else a random answer: soft memory
     reading=0.35, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
-    follows_known=0.75, follows_novel=0.4,  # answers that follow the passage: copying, half learned
+    follows_known=0.9, follows_novel=0.4,  # answers that follow the passage: copying, half learned
     examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.07)  # share of redundant rows whose passage is about another subject
+    misleading=0.08)  # share of redundant rows whose passage is about another subject
 RELATIONS = ("capital", "language")
 STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
 QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
@@ -428,8 +429,8 @@ def make_world(seed):
     """Made-up facts and all that is said about them, as text: documents (pretraining; * marks the
     targets, | ends a turn), examples (finetuning, with their true kind) and conflicts.
 
-    Known subjects have one true answer per relation, learned in pretraining. Half of them, the tuned
-    ones, occur in finetuning, the other half only in the evaluation. Kinds of examples (section 4.3):
+    Known subjects have one true answer per relation, learned in pretraining. Half of them, the
+    tuned ones, occur in finetuning, the others only in the evaluation. Kinds (section 4.3):
         critical   a novel subject and a passage with a random answer: only the passage helps
         redundant  a tuned subject and a true passage, but for the `misleading` share, whose passage
                    is about another subject: memory is the better guide, as section 5 assumes
@@ -467,7 +468,7 @@ def make_world(seed):
         told = other if chance("misleading") else s
         redundant = kind < WORLD["critical"] + WORLD["redundant"]
         return dict(kind="redundant" if redundant else "recall", instruction=query(s, r),
-                    context=tell(told, r, truth[told, r]) if redundant else "", response=truth[s, r])
+                    context=tell(told, r, truth[told, r]) * redundant, response=truth[s, r])
 
     def conflict(s, r, told, control=None):
         memory = [] if control else [truth[s, r]]
@@ -484,8 +485,8 @@ def make_world(seed):
         world_train=[conflict(s, r, wrong(s, r)) for _ in range(25) for s, r in facts(tuned)])
 
 def world_model(args, runs):
-    """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the same
-    loop that finetunes. Its key covers all that shapes it; a torn or foreign folder is made anew."""
+    """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the
+    loop that finetunes. Its key covers all that shapes it; a torn folder is made anew."""
     source = [inspect.getsource(f) for f in (make_world, world_model, train, supervised_logits)]
     key = str([WORLD, STATEMENTS, QUESTIONS, args.seed, args.dtype, args.device, torch.__version__,
                torch.get_num_threads(), transformers.__version__, source])
@@ -513,8 +514,10 @@ def world_model(args, runs):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
-    train(model.to(args.device), documents, WORLD["pretraining_steps"], {}, argparse.Namespace(**dict(
-        vars(args), batch_size=64, lr=2e-3, warmup_frac=0.05, eval_every=10**9)), lambda *_: None)
+    base = argparse.Namespace(device=args.device, dtype=args.dtype, seed=args.seed, batch_size=64,
+                              lr=2e-3, warmup_frac=0.05, weight_decay=0, grad_clip=1.0,
+                              micro_batch_tokens=4096, eval_every=10**9)
+    train(model.to(args.device), documents, WORLD["pretraining_steps"], {}, base, lambda *_: None)
     new = Path(f"{folder}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -623,7 +626,7 @@ def find(part, whole):
             if whole[i:i + len(part)] == part]
 
 def score(text, conflict):
-    """(context hit, parametric hit) of an answer: contained at word boundaries, as the paper counts.
+    """(context hit, parametric hit) of an answer: contained, as the paper counts, as whole words.
     An echo of the question is cut out first; where two answers overlap, the longer one counts:
         context New Cairo, memory Cairo   It is New Cairo. (1, 0)     Cairo, then New Cairo (1, 1)
         context Bo, memory Freetown       Bosnia (0, 0)               Not Freetown but Bo (1, 1)"""
@@ -654,7 +657,7 @@ def prepare(conflicts, args, tokenizer, room):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, args):
-    """Greedy answers (texts) to prompts (token lists): left-padded batches, longest prompts first."""
+    """Greedy answers (texts) to prompts (token lists): left-padded batches, longest first."""
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), args.eval_batch_size):
@@ -686,8 +689,8 @@ def evaluate(model, tokenizer, items, args):
     for k, (item, text, closed) in enumerate(zip(items, texts, texts[len(items):])):
         hit, closed_hit = score(text, item), score(closed, item)[1]
         outcomes.append(dict(
-            id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit], context=hit[0], parametric=hit[1],
-            closed_book=closed_hit, closed_book_text=closed,
+            id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit], context=hit[0],
+            parametric=hit[1], closed_book=closed_hit, closed_book_text=closed,
             known=item.setdefault("known", closed_hit), conflict=bool(item["parametric_answers"]),
             margin=per_token[2 * k] - per_token[2 * k + 1]))
     return outcomes
@@ -775,19 +778,20 @@ def plan(rows, notes, args):
     supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
     passes = mean(len(micro_batches(rows[i:i + args.batch_size], args.micro_batch_tokens))
                   for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size))
-    print(f"{args.dataset}: {len(rows)} rows", *(f"{n} {why}" for why, n in notes.items()), sep="; ")
-    print(f"tokens: {sum(lengths)}, {supervised} of them supervised; {mean(lengths):.0f} per row, at "
-          f"most {max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch), each "
-          f"about {passes:.1f} forward passes of at most {args.micro_batch_tokens} padded tokens")
+    print(f"{args.dataset}: {len(rows)} rows" + "".join(f"; {n} {why}" for why, n in notes.items()))
+    print(f"tokens: {sum(lengths)}, {supervised} supervised; {mean(lengths):.0f} per row, at most "
+          f"{max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch); in each "
+          f"{passes:.1f} forward passes of up to {args.micro_batch_tokens} tokens")
     return total
 
 def dry_run(model, tokenizer, rows, args):
     """Show three samples with the supervised part in [[ ]], and estimate the memory of training."""
     for row in rows[:3]:
         print(f"\nrow {row['id']}:", end=" ")
-        for target, part in itertools.groupby(zip(row["input_ids"], row["labels"]), lambda p: p[1] >= 0):
-            text = tokenizer.decode([int(i) for i, _ in part])
-            print(f"[[{text}]]" if target else text, end="")
+        pairs = zip(row["input_ids"].tolist(), row["labels"].tolist())
+        for supervised, part in itertools.groupby(pairs, lambda pair: pair[1] >= 0):
+            text = tokenizer.decode([token for token, _ in part])
+            print(f"[[{text}]]" if supervised else text, end="")
     n, config, size = model.num_parameters(), model.config, 2 if args.dtype == "bf16" else 4
     layer = 17 * config.hidden_size * size  # bytes per token that a layer keeps, about; with
     kept = (layer + config.num_hidden_layers * config.hidden_size * size  # checkpointing its input
@@ -815,8 +819,8 @@ def verdict(lines):
     a, b, c = (line["context_acc"] for line in (first, peak, last))
     controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in (
         "agreeing_acc", "closed_book_acc", "reading_acc") if key in last]
-    return (f"{first['set']}: context_acc starts at {a:.3f}, peaks at {b:.3f} (step {peak['step']}) and"
-            f" ends at {c:.3f} (step {last['step']}): a drop of {b - c:.3f}"
+    return (f"{first['set']}: context_acc starts at {a:.3f}, peaks at {b:.3f} (step {peak['step']})"
+            f" and ends at {c:.3f} (step {last['step']}): a drop of {b - c:.3f}"
             + (f"; from the peak to the end, {', '.join(controls)}" if controls else "") + ".")
 
 def show_answers(items, first, last):
@@ -876,8 +880,8 @@ def load_model(args, source):
                                                use_safetensors=True, output_loading_info=True)
             model = model.to(args.device).eval()
     except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
-        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); pass "
-                "a hub id or a local folder with config.json, tokenizer and .safetensors files")
+        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); "
+                "pass a hub id or a folder with config.json, tokenizer and .safetensors files")
     missing = ", ".join(sorted(info.get("missing_keys", [])))
     require(not missing, f"--model {args.model} is no causal LM: its weights lack {missing[:200]}")
     if not args.dry_run:
@@ -890,15 +894,16 @@ def load_model(args, source):
     return model, tokenizer
 
 def choose_template(model, tokenizer, examples, args):
-    """Settle --template; make generation greedy and plain; return the positions left for a prompt."""
+    """Settle --template, make generation greedy, and return the positions left for a prompt."""
     single = all("messages" not in e for e in examples)
     if args.template == "auto":
         args.template = ("alpaca" if examples and single else "chat" if tokenizer.chat_template else
                          "alpaca" if single else "tulu")
     require(args.template != "chat" or tokenizer.chat_template,
             f"--template chat: the tokenizer of {args.model} has no chat template; try tulu")
-    reply = tokenize(ask("", "Hi") + [dict(role="assistant", content="Hello")], args.template, tokenizer)
-    stops = sorted({tokenizer.eos_token_id, reply[-1][0][-1]})  # Llama-3 ends turns with another one
+    hello = ask("", "Hi") + [dict(role="assistant", content="Hello")]
+    end = tokenize(hello, args.template, tokenizer)[-1][0][-1]  # Llama-3's turns have their own
+    stops = sorted({tokenizer.eos_token_id, end})
     model.generation_config = transformers.GenerationConfig(  # nothing inherited: no sampling, no
         do_sample=False, bos_token_id=tokenizer.bos_token_id,  # penalties
         eos_token_id=stops, pad_token_id=tokenizer.eos_token_id)
@@ -919,14 +924,13 @@ def main(argv=None):
     model, tokenizer = load_model(args, source)
     room = choose_template(model, tokenizer, examples, args)
     sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
+    for kind, e in {e["kind"]: e for e in reversed(examples) if "kind" in e}.items():  # the world's
+        print(f"  {kind:<10} {e['context']} {e['instruction']} -> {e['response']}")
     if args.mitigation == "counterfactual" and examples:
-        examples += counterfactual_examples(sets, round(args.mitigation_strength * len(examples)), args)
+        count = round(args.mitigation_strength * len(examples))
+        examples += counterfactual_examples(sets, count, args)
     rows, notes = encode(examples, args, tokenizer)
     require(rows or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
-    for kind in dict.fromkeys(e.get("kind") for e in examples):  # the world: one of each to read
-        if kind:
-            e = next(e for e in examples if e["kind"] == kind)
-            print(f"  {kind + ':':<10} {' '.join([e['context'], e['instruction'], '->', e['response']])}")
     if args.dry_run:
         plan(rows, notes, args)
         return dry_run(model, tokenizer, rows, args)
@@ -937,37 +941,45 @@ def main(argv=None):
     total = plan(rows, notes, args) if rows else 0
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    versions = {m.__name__: m.__version__ for m in (torch, transformers)}
     data = hashlib.sha256(str([row["input_ids"].tolist() for row in rows + [
         row for items in sets.values() for item in items for row in item["answers"]]]).encode())
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__,
+                    transformers=transformers.__version__)
     append(out_dir / "args.json", [dict(vars(args), steps=total, data=data.hexdigest(),
-                                        versions=dict(versions, python=sys.version.split()[0]))])
-    print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-          f"{args.dtype} on {args.device}, template {args.template}; "
+                                        versions=versions)])
+    print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M weights, "
+          f"{args.dtype} on {args.device}, template {args.template}\n"
           f"{', '.join(map(' '.join, versions.items()))}; files in {out_dir}\n\n{table_row()}")
+    return run(model, tokenizer, rows, sets, total, masks, out_dir, began, args)
+
+def run(model, tokenizer, rows, sets, total, masks, out_dir, began, args):
+    """Train and evaluate, write and print as it goes, report at the end; return the history."""
     history, outcomes = [], {name: [] for name in sets}
 
     def evaluate_at(step, log):
         for name, items in sets.items():
-            outcomes[name].append(evaluate(model, tokenizer, items, args))
-            seconds = round(time.perf_counter() - began, 2)
-            history.append(dict(step=step, set=name, **rates(outcomes[name][-1]), **log, seconds=seconds))
+            found = evaluate(model, tokenizer, items, args)
+            outcomes[name].append(found)
+            history.append(dict(step=step, set=name, **rates(found), **log,
+                                seconds=round(time.perf_counter() - began, 2)))
             tqdm.write(table_row(history[-1]))
             append(out_dir / "metrics.jsonl", history[-1:])
-            append(out_dir / "generations.jsonl", [
-                dict(step=step, set=name, prompt=hashlib.sha256(str(item["prompt"]).encode()).hexdigest()[:16],
-                     **{key: o[key] for key in ("id", "text", "cell", "closed_book_text")})
-                for item, o in zip(items, outcomes[name][-1])])
+            hashes = [hashlib.sha256(str(i["prompt"]).encode()).hexdigest()[:16] for i in items]
+            append(out_dir / "generations.jsonl", [dict(step=step, set=name, prompt=prompt, **{
+                key: o[key] for key in ("id", "text", "cell", "closed_book_text")})
+                for prompt, o in zip(hashes, found)])
 
     train(model, rows, total, masks, args, evaluate_at)
     for name, items in sets.items():
         show_answers(items, outcomes[name][0], outcomes[name][-1])
-    print("", *(verdict([line for line in history if line["set"] == name]) for name in sets), sep="\n")
+    print()
+    for name in sets:
+        print(verdict([line for line in history if line["set"] == name]))
     draw_curve(history, out_dir / "curve.png")
     if args.save_model:
         tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
-        for saved in (model, tokenizer):
-            saved.save_pretrained(out_dir / "model")
+        for part in (model, tokenizer):
+            part.save_pretrained(out_dir / "model")
     return history
 
 if __name__ == "__main__":
