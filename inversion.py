@@ -415,12 +415,12 @@ def mean(values):
 
 # --------------------------------------------------------------------------- the built-in world
 WORLD = dict(  # change any of it: the base model is pretrained anew
-    known=80, novel=160, answers=24,  # subjects with and without facts; answers per relation
-    pretraining_steps=450, facts_per_document=5, true=0.7,  # else a random answer: soft memory
+    known=80, novel=200, answers=24,  # subjects with and without facts; answers per relation
+    pretraining_steps=400, facts_per_document=5, true=0.7,  # else a random answer: soft memory
     reading=0.35, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
-    follows_known=0.9, follows_novel=0.4,  # answers that follow the passage: copying, half learned
+    follows_known=0.6, follows_novel=0.4,  # answers that follow the passage: copying, half learned
     examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.08)  # share of redundant rows whose passage is about another subject
+    misleading=0.06)  # share of redundant rows whose passage is about another subject
 RELATIONS = ("capital", "language")
 STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
 QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
@@ -481,7 +481,7 @@ def make_world(seed):
         examples=[dict(example(), id=i + 1) for i in range(WORLD["examples"])],
         world=[conflict(s, r, wrong(s, r)) for s, r in facts(held)]
         + [conflict(s, r, truth[s, r], "agreeing") for s, r in facts(held)]
-        + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:WORLD["known"]])],
+        + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:len(held)])],
         world_train=[conflict(s, r, wrong(s, r)) for _ in range(25) for s, r in facts(tuned)])
 
 def world_model(args, runs):
@@ -497,8 +497,9 @@ def world_model(args, runs):
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
     world, documents = make_world(args.seed), []
-    vocabulary = ["<s>", "|"] + sorted(set(re.findall(r"\w+|[.?]", str(world))))
-    vocabulary = {word: i for i, word in enumerate(vocabulary)}
+    texts = world["documents"] + [e[key] for e in world["examples"] for key in ("context", "response")]
+    vocabulary = sorted(set(re.findall(r"\w+|[.?]", " ".join(texts))))
+    vocabulary = {word: i for i, word in enumerate(["<s>", "|"] + vocabulary)}
     for n, text in enumerate(world["documents"]):
         parts = ["<s>"] + re.findall(r"\*?(?:\w+|[.?|])", text)
         documents.append(dict(
@@ -645,8 +646,8 @@ def prepare(conflicts, args, tokenizer, room):
         prompt, closed = (tokenize(ask(context, item["question"]), args.template, tokenizer)[0][0]
                           for context in (item["context"], ""))
         item.update(prompt=prompt, closed_book_prompt=closed, answers=[])
-        for answers in (item["context_answers"], item["parametric_answers"]):
-            ids = tokenizer((answers or ["-"])[0], add_special_tokens=False).input_ids
+        for answers in filter(None, (item["context_answers"], item["parametric_answers"])):
+            ids = tokenizer(answers[0], add_special_tokens=False).input_ids
             item["answers"].append(dict(input_ids=torch.tensor(prompt + ids),
                                         labels=torch.tensor([-100] * len(prompt) + ids)))
     fitting = [c for c in conflicts if len(c["prompt"]) <= room]
@@ -676,23 +677,28 @@ def evaluate(model, tokenizer, items, args):
     """Ask every item with and without its context: one outcome dict per item, with text, cell,
     context and parametric hit, closed_book hit, margin (log p(context answer) - log p(parametric
     answer), each per token). The first call fixes item["known"]. Leaves training undisturbed."""
+    conflicts = [item for item in items if item["parametric_answers"]]
     was_training = model.training
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     try:
         with autocast(args):
-            texts = generate(model, tokenizer, [i["prompt"] for i in items]
-                             + [i["closed_book_prompt"] for i in items], args)
-        logps = target_logprobs(model, [row for item in items for row in item["answers"]], args)
+            texts = generate(model, tokenizer, [item["prompt"] for item in items]
+                             + [item["closed_book_prompt"] for item in conflicts], args)
+        logps = target_logprobs(model, [row for i in conflicts for row in i["answers"]], args)
     finally:
         model.train(was_training)
-    per_token, outcomes = [total / n for total, n in logps], []
-    for k, (item, text, closed) in enumerate(zip(items, texts, texts[len(items):])):
-        hit, closed_hit = score(text, item), score(closed, item)[1]
-        outcomes.append(dict(
-            id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit], context=hit[0],
-            parametric=hit[1], closed_book=closed_hit, closed_book_text=closed,
-            known=item.setdefault("known", closed_hit), conflict=bool(item["parametric_answers"]),
-            margin=per_token[2 * k] - per_token[2 * k + 1]))
+    closed, per_token = iter(texts[len(items):]), (total / n for total, n in logps)
+    outcomes = []
+    for item, text in zip(items, texts):
+        hit = score(text, item)
+        outcomes.append(dict(id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit],
+                             context=hit[0], parametric=hit[1], known=False, conflict=False))
+        if item["parametric_answers"]:
+            said = next(closed)
+            found = score(said, item)[1]
+            outcomes[-1].update(
+                conflict=True, closed_book=found, closed_book_text=said,
+                known=item.setdefault("known", found), margin=next(per_token) - next(per_token))
     return outcomes
 
 def rates(outcomes):
@@ -917,8 +923,9 @@ def main(argv=None):
     """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
     args, began = parse_args(argv), time.perf_counter()
     out_dir = new_folder(args)
-    torch.manual_seed(args.seed)
+    transformers.utils.logging.disable_progress_bar()
     sets = {Path(name).stem: load_conflicts(name, args, args.eval_limit) for name in args.eval_set}
+    require(len(sets) == len(args.eval_set), "--eval-set: two sets of the same name")
     examples = [] if args.max_steps == 0 else load_examples(args)
     source = world_model(args, out_dir.parent) if args.model == "world" else args.model
     model, tokenizer = load_model(args, source)
@@ -941,8 +948,9 @@ def main(argv=None):
     total = plan(rows, notes, args) if rows else 0
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    data = hashlib.sha256(str([row["input_ids"].tolist() for row in rows + [
-        row for items in sets.values() for item in items for row in item["answers"]]]).encode())
+    data = hashlib.sha256()
+    for row in rows + [row for items in sets.values() for i in items for row in i["answers"]]:
+        data.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
     versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                     transformers=transformers.__version__)
     append(out_dir / "args.json", [dict(vars(args), steps=total, data=data.hexdigest(),
@@ -966,9 +974,10 @@ def run(model, tokenizer, rows, sets, total, masks, out_dir, began, args):
             append(out_dir / "metrics.jsonl", history[-1:])
             hashes = [hashlib.sha256(str(i["prompt"]).encode()).hexdigest()[:16] for i in items]
             append(out_dir / "generations.jsonl", [dict(step=step, set=name, prompt=prompt, **{
-                key: o[key] for key in ("id", "text", "cell", "closed_book_text")})
+                key: o.get(key) for key in ("id", "text", "cell", "closed_book_text")})
                 for prompt, o in zip(hashes, found)])
 
+    torch.manual_seed(args.seed)  # dropout, where a model has it
     train(model, rows, total, masks, args, evaluate_at)
     for name, items in sets.items():
         show_answers(items, outcomes[name][0], outcomes[name][-1])
@@ -988,4 +997,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         require(False, "interrupted; the evaluations so far are in the run's folder", 130)
     except OSError as error:  # a full disk, say
-        require(False, f"{brief(error)}; the evaluations so far are in the run's folder", 1)
+        require(False, f"{brief(error)}; what was written before is complete", 1)

@@ -34,6 +34,7 @@ CONFLICTS = [dict(context=f"The capital of {c} moved to {new}.", question=f"What
                   answer=new, memory_answer=old) for c, new, old in
              [("France", "Lyon", "Paris"), ("Egypt", "New Cairo", "Cairo"), ("Peru", "Cusco", "Lima"),
               ("Spain", "Seville", "Madrid"), ("Japan", "Osaka", "Tokyo")]]
+SMALL_WORLD = dict(known=40, novel=80, answers=12, pretraining_steps=250, examples=8000)
 SWAPS = [dict(question=f"who wrote book {i}", org_context="x", org_answer=[f"Author {i}"],
               sub_context=f"Book {i} was written by Writer {i}.", sub_answer=[f"Writer {i}"]) for i in range(8)]
 
@@ -506,6 +507,64 @@ def test_sets_without_conflict_and_limits(folder, tmp_path, capsys):
                                    "--eval-limit", 4, "--num-examples", 8, "--epochs", 0.5, "--max-steps", 99))
     assert [line["n"] for line in history] == [4, 4, 4, 4] and "margin" not in history[0] and "margin" in history[1]
     assert "steps: 1 of 8 rows (1 per epoch)" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ the built-in world
+def words_of(example):
+    return set(re.findall(r"\w+", " ".join(str(example[key]) for key in ("context", "instruction", "response"))))
+
+
+def test_world_leaks_nothing_and_contradicts_nothing():
+    """Evaluated facts are never finetuned on; redundant and recall rows agree with memory, and so do
+    their passages but for the misleading share, which is about another subject."""
+    world = inversion.make_world(3)
+    truth = {(c["group"], r): c["parametric_answers"][0] for key in ("world", "world_train")
+             for c in world[key] for r in inversion.RELATIONS if not c["control"] and r in c["question"]}
+    held, tuned = ({c["group"] for c in world[key] if c["parametric_answers"]} for key in ("world", "world_train"))
+    assert not held & tuned and len(held | tuned) == inversion.WORLD["known"] == len(truth) / 2
+    kinds = {kind: [e for e in world["examples"] if e["kind"] == kind] for kind in ("critical", "redundant", "recall")}
+    assert not any(words_of(e) & held for e in world["examples"] + [
+        dict(context=c["context"], instruction=c["question"], response="") for c in world["world_train"]])
+    assert not any(words_of(e) & tuned for e in kinds["critical"])
+    assert all(e["response"] in e["context"] for e in kinds["critical"]) and not any(e["context"] for e in kinds["recall"])
+    misled = 0
+    for e in kinds["redundant"] + kinds["recall"]:
+        (subject,), (relation,) = set(re.findall(r"\w+", e["instruction"])) & tuned, words_of(e) & set(inversion.RELATIONS)
+        assert e["response"] == truth[subject, relation]
+        misled += bool(e["context"]) and subject not in e["context"]
+    assert abs(misled / len(kinds["redundant"]) - inversion.WORLD["misleading"]) < 0.02
+    assert all(c["context_answers"][0] != truth[c["group"], r] for c in world["world"] for r in inversion.RELATIONS
+               if not c["control"] and r in c["question"])
+    assert inversion.make_world(3) == world != inversion.make_world(4)
+
+
+def test_world_cache_is_used_once_it_is_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(inversion.WORLD, "pretraining_steps", 1)
+    monkeypatch.setitem(inversion.WORLD, "examples", 50)
+
+    def pretrains(*more):
+        args = inversion.parse_args(["--device", "cpu", *more])
+        folder = inversion.world_model(args, tmp_path)
+        return "pretraining" in capsys.readouterr().out, folder
+    made, folder = pretrains()
+    assert made and pretrains("--mitigation", "qk", "--lr", "0.1") == (False, folder)
+    for torn in ("model.safetensors", "sha256"):
+        (folder / torn).write_bytes(b"torn")
+        assert pretrains() == (True, folder) and pretrains() == (False, folder)
+    assert pretrains("--seed", "1")[1] != folder
+    monkeypatch.setitem(inversion.WORLD, "true", 0.5)
+    assert pretrains()[0] and pretrains()[1] != folder
+
+
+def test_world_rises_and_falls(tmp_path, monkeypatch, capsys):
+    """A smaller world in less time: context_acc goes up by 0.2 and down by 0.2, its controls stay."""
+    for key, value in SMALL_WORLD.items():
+        monkeypatch.setitem(inversion.WORLD, key, value)
+    history = inversion.main(["--device", "cpu", "--out-dir", str(tmp_path / "run"), "--max-steps", "240", "--eval-every", "30"])
+    curve, printed = [line["context_acc"] for line in history], capsys.readouterr().out
+    assert max(curve) > curve[0] + 0.2 and max(curve) > curve[-1] + 0.2
+    assert min(history[-1][key] for key in ("agreeing_acc", "reading_acc", "closed_book_acc")) > 0.9
+    assert all(kind in printed for kind in ("critical ", "redundant ", "recall ", "reading_acc"))
 
 
 # -------------------------------------------------------------------------------------- bad input
