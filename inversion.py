@@ -416,11 +416,11 @@ def mean(values):
 # --------------------------------------------------------------------------- the built-in world
 WORLD = dict(  # change any of it: the base model is pretrained anew
     known=80, novel=200, answers=24,  # subjects with and without facts; answers per relation
-    pretraining_steps=400, facts_per_document=5, true=0.7,  # else a random answer: soft memory
-    reading=0.35, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
-    follows_known=0.6, follows_novel=0.4,  # answers that follow the passage: copying, half learned
+    pretraining_steps=700, facts_per_document=4, true=0.7,  # else a random answer: soft memory
+    reading=0.45, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
+    follows_known=0.5, follows_novel=0.6,  # answers that follow the passage: copying, half learned
     examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.06)  # share of redundant rows whose passage is about another subject
+    misleading=0.04)  # share of redundant rows whose passage is about another subject
 RELATIONS = ("capital", "language")
 STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
 QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
