@@ -34,7 +34,6 @@ CONFLICTS = [dict(context=f"The capital of {c} moved to {new}.", question=f"What
                   answer=new, memory_answer=old) for c, new, old in
              [("France", "Lyon", "Paris"), ("Egypt", "New Cairo", "Cairo"), ("Peru", "Cusco", "Lima"),
               ("Spain", "Seville", "Madrid"), ("Japan", "Osaka", "Tokyo")]]
-SMALL_WORLD = dict(known=40, novel=80, answers=12, pretraining_steps=250, examples=8000)
 SWAPS = [dict(question=f"who wrote book {i}", org_context="x", org_answer=[f"Author {i}"],
               sub_context=f"Book {i} was written by Writer {i}.", sub_answer=[f"Writer {i}"]) for i in range(8)]
 
@@ -556,15 +555,16 @@ def test_world_cache_is_used_once_it_is_whole(tmp_path, monkeypatch, capsys):
     assert pretrains()[0] and pretrains()[1] != folder
 
 
-def test_world_rises_and_falls(tmp_path, monkeypatch, capsys):
-    """A smaller world in less time: context_acc goes up by 0.2 and down by 0.2, its controls stay."""
-    for key, value in SMALL_WORLD.items():
-        monkeypatch.setitem(inversion.WORLD, key, value)
-    history = inversion.main(["--device", "cpu", "--out-dir", str(tmp_path / "run"), "--max-steps", "240", "--eval-every", "30"])
-    curve, printed = [line["context_acc"] for line in history], capsys.readouterr().out
-    assert max(curve) > curve[0] + 0.2 and max(curve) > curve[-1] + 0.2
-    assert min(history[-1][key] for key in ("agreeing_acc", "reading_acc", "closed_book_acc")) > 0.9
-    assert all(kind in printed for kind in ("critical ", "redundant ", "recall ", "reading_acc"))
+@pytest.mark.parametrize("remedy, says", [("filter", "filter: precision"), ("counterfactual", "added 30 rows (30 wanted); 0 of"), ("qk", "qk: trains")])
+def test_world_goes_through_the_same_run(remedy, says, tmp_path, monkeypatch, capsys):
+    """`python inversion.py` in small: a base model, its controls, one printed example of each kind."""
+    monkeypatch.setitem(inversion.WORLD, "pretraining_steps", 3)
+    monkeypatch.setitem(inversion.WORLD, "examples", 300)
+    history = inversion.main(["--device", "cpu", "--out-dir", str(tmp_path / "run"), "--max-steps", "2", "--mitigation", remedy])
+    printed = capsys.readouterr().out
+    assert [line["step"] for line in history] == [0, 2] and all(line["n"] == inversion.WORLD["known"] for line in history)
+    assert {"agreeing_acc", "reading_acc", "closed_book_acc"} <= set(history[0]) and says in printed
+    assert all(re.search(rf"{kind} .*\w+ .*-> \w+", printed) for kind in ("critical", "redundant", "recall"))
 
 
 # -------------------------------------------------------------------------------------- bad input
