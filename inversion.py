@@ -887,7 +887,7 @@ def load_model(args, source):
             model = model.to(args.device).eval()
     except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
         require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); "
-                "pass a hub id or a folder with config.json, tokenizer and .safetensors files")
+                "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
     missing = ", ".join(sorted(info.get("missing_keys", [])))
     require(not missing, f"--model {args.model} is no causal LM: its weights lack {missing[:200]}")
     if not args.dry_run:
