@@ -497,7 +497,7 @@ def world_model(args, runs):
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
     world, documents = make_world(args.seed), []
-    texts = world["documents"] + [e[key] for e in world["examples"] for key in ("context", "response")]
+    texts = world["documents"] + [e["context"] + e["response"] for e in world["examples"]]
     vocabulary = sorted(set(re.findall(r"\w+|[.?]", " ".join(texts))))
     vocabulary = {word: i for i, word in enumerate(["<s>", "|"] + vocabulary)}
     for n, text in enumerate(world["documents"]):
@@ -786,7 +786,7 @@ def plan(rows, notes, args):
                   for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size))
     print(f"{args.dataset}: {len(rows)} rows" + "".join(f"; {n} {why}" for why, n in notes.items()))
     print(f"tokens: {sum(lengths)}, {supervised} supervised; {mean(lengths):.0f} per row, at most "
-          f"{max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch); in each "
+          f"{max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch); each "
           f"{passes:.1f} forward passes of up to {args.micro_batch_tokens} tokens")
     return total
 
