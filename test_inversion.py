@@ -375,8 +375,7 @@ def test_margin_is_that_of_the_model(folder):
     model, tokenizer, args = load(folder)
     room = inversion.choose_template(model, tokenizer, [], args)
     items = inversion.prepare(inversion.load_conflicts(str(folder / "conflicts.json"), None), args, tokenizer, room)
-    prompt = inversion.ALPACA if hasattr(inversion, "ALPACA") else None
-    assert prompt is None and items[0]["prompt"] == inversion.tokenize(
+    assert items[0]["prompt"] == inversion.tokenize(
         inversion.ask(items[0]["context"], items[0]["question"]), "alpaca", tokenizer)[0][0]
     logp = []
     for answer in ("Lyon", "Paris"):
@@ -628,7 +627,7 @@ def test_requirements_are_those_of_the_script():
     assert json.loads(block[1]) == (HERE / "requirements.txt").read_text().split()
 
 
-def test_readme_commands_parse(monkeypatch):
+def test_readme_commands_parse():
     texts = (HERE / "README.md").read_text() + inversion.__doc__
     commands = re.findall(r"python inversion\.py((?: [^\n#`]*)?)", texts.replace("\\\n", " "))
     assert len(commands) > 8
