@@ -52,6 +52,9 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
      "single-turn rows, else the tokenizer's own chat template, else tulu"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
+    ("--subset", "all", ["all", "context", "no-overlap", "random"], "section 4's controls; context: "
+     "only rows with a context; no-overlap: none that names an evaluated answer or subject; random: "
+     "drop as many as filter would"),
     ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
     "remedy (section 6)",
     ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
@@ -74,6 +77,9 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
     ("--eval-batch-size", 32, int, "prompts generated together"),
     ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
+    ("--mechanism", None, bool, "at each evaluation, how hard each kind of row pushes context "
+     "reliance (section 5); costs backward passes; None: only for the world"),
+    ("--compare", [], str, "finished runs to put side by side; nothing is trained"),
     "machine and files",
     ("--device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
     ("--dtype", "auto", ["auto", "bf16", "fp32"], "arithmetic; auto: bf16 autocast on CUDA"),
@@ -85,7 +91,7 @@ STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength whe
 WORLD_FLAGS = dict(  # defaults with --model world
     dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train",
     lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
-    max_new_tokens=3)
+    max_new_tokens=3, mechanism=True)
 
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
@@ -106,7 +112,7 @@ def parse_args(argv=None):
             group = parser.add_argument_group(entry)
             continue
         flag, default, kind, text = entry
-        how = (dict(action="store_true") if kind is bool else
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
                dict(choices=kind) if isinstance(kind, list) else
                dict(type=kind, nargs="+" if isinstance(default, list) else None))
         group.add_argument(flag, default=default, help=text, **how)
@@ -444,8 +450,9 @@ def make_world(seed):
     take = lambda key: list(itertools.islice(names, WORLD[key]))
     known, novel, answers = take("known"), take("novel"), {r: take("answers") for r in RELATIONS}
     tuned, held = known[::2], known[1::2]
-    truth = {(s, r): pick(answers[r]) for s in known for r in RELATIONS}
-    wrong = lambda s, r: pick([a for a in answers[r] if a != truth[s, r]])
+    some = lambda s, r: answers[r][::2] if s in held else answers[r]
+    truth = {(s, r): pick(some(s, r)) for s in known for r in RELATIONS}
+    wrong = lambda s, r: pick([a for a in some(s, r) if a != truth[s, r]])
     tell = lambda s, r, a: f"{pick(STATEMENTS).format(s=s, r=r)} {a}."
     query = lambda s, r: pick(QUESTIONS).format(s=s, r=r)
 
@@ -539,27 +546,65 @@ def without_context(example):
     messages[first] = dict(messages[first], content=question)
     return dict(example, messages=messages) if context else None
 
-def filter_rows(model, tokenizer, examples, rows, args):
-    """Rows less those whose context the base model needs least (section 4.3): the lowest mean
-    target loss per token WITHOUT the context; --mitigation-strength of all rows that have one."""
+def context_free_loss(model, tokenizer, examples, rows, args):
+    """{row id: mean target loss per token WITHOUT the context} of the rows that have one, under the
+    model as it is, lowest first (section 4.3: the base model); ties keep the rows' order."""
     ids = {row["id"] for row in rows}
     bare = [e for e in map(without_context, examples) if e and e["id"] in ids]
     bare, _ = encode(bare, args, tokenizer)
     scores = zip(bare, target_logprobs(model.eval(), bare, args))
     loss = {row["id"]: -total / n for row, (total, n) in scores}
-    order = sorted(loss, key=loss.get)  # ties keep the rows' order
-    cut = round(args.mitigation_strength * len(order))
-    require(0 < cut < len(rows), f"--mitigation filter: {len(order)} rows of {args.dataset} have a "
-            f"context; dropping {cut} of {len(rows)} rows leaves nothing to compare")
-    drop = set(order[:cut])
-    print(f"filter: dropped {cut} of the {len(order)} rows with a context; loss without it: "
-          f"{mean(map(loss.get, drop)):.3f} (at most {loss[order[cut - 1]]:.3f}), of the rows kept "
-          f"{mean(map(loss.get, order[cut:])) or math.nan:.3f}")
-    redundant = {e["id"] for e in examples if e.get("kind") == "redundant"}
-    if redundant:  # the world knows
-        print(f"filter: precision {len(drop & redundant) / cut:.3f} and recall "
-              f"{len(drop & redundant) / len(redundant):.3f} against the redundant rows")
+    return {i: loss[i] for i in sorted(loss, key=loss.get)}
+
+def redundant_rows(loss, share, examples):
+    """Ids of the `share` of rows whose context the base model needs least (section 4.3); in the
+    world, where the true kinds are known, prints how well that finds them."""
+    found = set(list(loss)[:round(share * len(loss))])
+    true = {e["id"] for e in examples if e.get("kind") == "redundant"} & set(loss)
+    if found and true:
+        print(f"the {share:.0%} with the lowest context-free loss against the world's redundant "
+              f"rows: precision {len(found & true) / len(found):.3f}, recall "
+              f"{len(found & true) / len(true):.3f} ({len(loss)} rows with a context)")
+    return found
+
+def filter_rows(model, tokenizer, examples, rows, args):
+    """Rows less the --mitigation-strength of those with a context that need it least."""
+    loss = context_free_loss(model, tokenizer, examples, rows, args)
+    drop = redundant_rows(loss, args.mitigation_strength, examples)
+    require(0 < len(drop) < len(rows), f"--mitigation filter: {len(loss)} rows of {args.dataset} "
+            f"have a context; dropping {len(drop)} of {len(rows)} rows leaves nothing to compare")
+    values = list(loss.values())
+    print(f"filter: dropped {len(drop)} of the {len(loss)} rows with a context; loss without it: "
+          f"{mean(values[:len(drop)]):.3f} (at most {values[len(drop) - 1]:.3f}), of the rows kept "
+          f"{mean(values[len(drop):]) or math.nan:.3f}")
     return [row for row in rows if row["id"] not in drop]
+
+def subset_rows(examples, rows, sets, args):
+    """The rows that --subset leaves (section 4), and prints how many those are. A subject is a run
+    of capitalised words in an evaluated question, its first word aside."""
+    examples = {e["id"]: e for e in examples}
+    context = {row["id"] for row in rows if without_context(examples[row["id"]])}
+    if args.subset == "context":
+        keep = context
+    elif args.subset == "random":
+        drop = round(STRENGTH["filter"] * len(context))
+        keep = set(random.Random(args.seed).sample([r["id"] for r in rows], len(rows) - drop))
+    else:
+        conflicts = [c for items in sets.values() for c in items if c["parametric_answers"]]
+        subject = r"(?<=\s)[A-Z][\w'-]*(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
+        names = {tuple(words(name)) for c in conflicts for name in c["context_answers"]
+                 + c["parametric_answers"] + re.findall(subject, c["question"])} - {()}
+        sizes, keep = {len(name) for name in names}, set()
+        for row in rows:
+            e = examples[row["id"]]
+            said = words(" ".join([m["content"] for m in e["messages"]] if "messages" in e else
+                                  [e["context"], e["instruction"], e["response"]]))
+            if not any(tuple(said[i:i + n]) in names for n in sizes for i in range(len(said))):
+                keep.add(row["id"])
+    print(f"subset {args.subset}: dropped {len(rows) - len(keep)} of {len(rows)} rows "
+          f"({1 - len(keep) / len(rows):.1%})")
+    require(keep, f"--subset {args.subset}: leaves no row of {args.dataset}")
+    return [row for row in rows if row["id"] in keep]
 
 def counterfactual_examples(sets, count, args):
     """`count` conflicts as examples that follow their context; none shares a question or an answer
@@ -676,7 +721,8 @@ def generate(model, tokenizer, prompts, args):
 def evaluate(model, tokenizer, items, args):
     """Ask every item with and without its context: one outcome dict per item, with text, cell,
     context and parametric hit, closed_book hit, margin (log p(context answer) - log p(parametric
-    answer), each per token). The first call fixes item["known"]. Leaves training undisturbed."""
+    answer), each per token) and m_c (Theorem 1: p(context) / (p(context) + p(parametric))). The
+    first call fixes item["known"]. Leaves training undisturbed."""
     conflicts = [item for item in items if item["parametric_answers"]]
     was_training = model.training
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
@@ -687,18 +733,20 @@ def evaluate(model, tokenizer, items, args):
         logps = target_logprobs(model, [row for i in conflicts for row in i["answers"]], args)
     finally:
         model.train(was_training)
-    closed, per_token = iter(texts[len(items):]), (total / n for total, n in logps)
+    closed, logps = iter(texts[len(items):]), iter(logps)
     outcomes = []
     for item, text in zip(items, texts):
         hit = score(text, item)
-        outcomes.append(dict(id=item["id"], control=item.get("control"), text=text, cell=CELLS[hit],
-                             context=hit[0], parametric=hit[1], known=False, conflict=False))
+        outcomes.append(dict(
+            id=item["id"], group=item["group"], control=item.get("control"), text=text,
+            cell=CELLS[hit], context=hit[0], parametric=hit[1], known=False, conflict=False))
         if item["parametric_answers"]:
-            said = next(closed)
+            said, (ours, n), (theirs, k) = next(closed), next(logps), next(logps)
             found = score(said, item)[1]
             outcomes[-1].update(
                 conflict=True, closed_book=found, closed_book_text=said,
-                known=item.setdefault("known", found), margin=next(per_token) - next(per_token))
+                known=item.setdefault("known", found), margin=ours / n - theirs / k,
+                m_c=1 / (1 + math.exp(min(theirs - ours, 700))))
     return outcomes
 
 def rates(outcomes):
@@ -709,6 +757,7 @@ def rates(outcomes):
     outcomes = [o for o in outcomes if not o.get("control")]
     conflicts = [o for o in outcomes if o["conflict"]]
     line = dict(n=len(outcomes), context_acc=mean(o["context"] for o in outcomes), **accs)
+    line["context_acc_low"], line["context_acc_high"] = interval(outcomes)
     if not conflicts:  # SQuAD: nothing to contradict
         return line
     line["n_known"] = sum(o["known"] for o in conflicts)
@@ -718,7 +767,152 @@ def rates(outcomes):
         for cell in CELLS.values():
             line[cell + suffix] = mean(o["cell"] == cell for o in part)
     return line | {key: mean(o[name] for o in conflicts)
-                   for key, name in (("closed_book_acc", "closed_book"), ("margin", "margin"))}
+                   for key, name in (("closed_book_acc", "closed_book"), ("margin", "margin"),
+                                     ("m_c", "m_c"))}
+
+# ---------------------------------------------------------------- statistics: how sure we are
+RESAMPLES, LEVEL = 2000, torch.tensor([0.025, 0.975], dtype=torch.float64)  # of a 95% interval
+
+def resample(groups, seed=0):
+    """How often each group is drawn: (1 + RESAMPLES, groups) counts; row 0 is the data as it is."""
+    own = torch.Generator().manual_seed(seed)
+    draws = torch.randint(groups, (RESAMPLES, groups), generator=own)
+    counts = torch.zeros(RESAMPLES, groups, dtype=torch.float64)
+    counts.scatter_add_(1, draws, torch.ones_like(counts[:1]).expand_as(counts))
+    return torch.cat([torch.ones_like(counts[:1]), counts])
+
+def by_group(evaluations):
+    """Hits (evaluations, groups) and items (groups,) of lists of outcomes on the same items. Items
+    of one group (the biographies that share a question) are no independent evidence."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(o["group"] for o in evaluations[0]))}
+    owner = torch.tensor([names[o["group"]] for o in evaluations[0]])
+    hits = torch.tensor([[o["context"] for o in e] for e in evaluations], dtype=torch.float64)
+    return (torch.zeros(len(hits), len(names), dtype=torch.float64).index_add_(1, owner, hits),
+            owner.bincount().double())
+
+def interval(outcomes):
+    """95% bootstrap interval (low, high) of context_acc, resampling groups."""
+    hits, items = by_group([outcomes])
+    counts = resample(len(items))
+    return (counts @ hits[0] / (counts @ items))[1:].quantile(LEVEL).tolist()
+
+def mcnemar(before, after):
+    """Two-sided exact p of McNemar's test on paired hits: are changes one way as likely as back?"""
+    lost, won = (sum(a and not b for a, b in pairs)
+                 for pairs in (list(zip(before, after)), list(zip(after, before))))
+    return min(1.0, 2 * sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
+               / 2 ** (lost + won))
+
+def summarise(lines, evaluations):
+    """Start, peak and final context_acc of one set, and its drop. The highest of many evaluations
+    is too high by luck, so the peak step is chosen on one half of the groups and the drop measured
+    on the other, both ways, and averaged, in each of the resamples. McNemar's p compares the peak
+    of all items with the end. An interval above zero, and enough groups, make an inversion."""
+    evaluations = [[o for o in e if not o["control"]] for e in evaluations]
+    hits, items = by_group(evaluations)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    halves = (order[::2], order[1::2] if len(order) > 1 else order)
+    accs = []
+    for seed, half in enumerate(halves):  # (1 + RESAMPLES, evaluations)
+        counts = resample(len(half), seed)
+        accs.append(counts @ hits[:, half].T / (counts @ items[half])[:, None])
+    drops = sum(theirs.gather(1, ours.argmax(1, keepdim=True))[:, 0] - theirs[:, -1]
+                for ours, theirs in (accs, accs[::-1])) / 2
+    (low, high), peak = drops[1:].quantile(LEVEL).tolist(), int(hits.sum(1).argmax())
+    context = [[o["context"] for o in e] for e in evaluations]
+    smallest = max(6 / len(items), (high - low) / 2)  # six changes, all one way: p = 2 / 2**6
+    shown = low > 0 and drops[0].item() >= 6 / len(items)
+    return dict(start=lines[0]["context_acc"], peak=lines[peak]["context_acc"],
+                peak_step=lines[peak]["step"], final=lines[-1]["context_acc"],
+                drop=drops[0].item(), drop_low=low, drop_high=high, smallest_drop=smallest,
+                mcnemar_p=mcnemar(context[peak], context[-1]),
+                verdict="inversion" if shown else "no inversion shown")
+
+# ------------------------------------------------------------------------ mechanism (section 5)
+PROBE = 160  # rows per kind, and conflicts, that it is measured on
+
+def probe_rows(model, tokenizer, examples, rows, args):
+    """{kind: at most PROBE rows}, drawn before any subset or remedy, so that runs compare. Kinds as
+    in section 4.3: recall has no context; of the rows with one, redundant are the 25% of lowest
+    context-free loss under the base model; critical are the others."""
+    rows = random.Random(args.seed).sample(rows, min(len(rows), 5 * PROBE))
+    loss = context_free_loss(model, tokenizer, examples, rows, args)
+    redundant, kinds = redundant_rows(loss, 0.25, examples), collections.defaultdict(list)
+    for row in rows:
+        kind = ("recall" if row["id"] not in loss else
+                "redundant" if row["id"] in redundant else "critical")
+        kinds[kind] += [row] * (len(kinds[kind]) < PROBE)
+    return dict(kinds)
+
+def gradient(model, rows, masks, args):
+    """Sum over rows of row["weight"] x log p(its targets), and the gradient of that: one fp32
+    tensor per trainable parameter. Touches no .grad."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    total, value = [torch.zeros_like(p) for p in trained], 0.0
+    for batch in micro_batches(rows, args.micro_batch_tokens):
+        with autocast(args):
+            logits, targets, owner = supervised_logits(model, batch)
+        weight = torch.tensor([row["weight"] for row in batch], device=model.device)
+        part = -(weight[owner] * F.cross_entropy(logits, targets, reduction="none")).sum()
+        for t, g in zip(total, torch.autograd.grad(part, trained, allow_unused=True)):
+            t += 0 if g is None else g
+        value += part.item()
+    return value, [t * masks[p] if p in masks else t for t, p in zip(total, trained)]
+
+def mechanism(model, tokenizer, items, probe, masks, args):
+    """Section 5 on one set of conflicts, as metrics. KIND_loss: loss now. KIND_push: the inner
+    product of the gradient of the mean margin with minus the gradient of that loss, so a small
+    step on this kind alone changes the margin by lr x push: above 0 it raises context reliance.
+    Proposition 1: critical > 0 early, redundant < 0 later; Proposition 2: recall < 0. KIND_cosine:
+    the same of unit length. attention: see there."""
+    conflicts = [item for item in items if item["parametric_answers"]]
+    conflicts = random.Random(0).sample(conflicts, min(len(conflicts), PROBE))
+    targets = lambda row: int((row["labels"][1:] >= 0).sum())
+    dot = lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b))
+    found, was_training = {}, model.training
+    model.eval()  # no dropout: no random number is drawn
+    try:
+        margin = [dict(row, weight=sign / targets(row) / len(conflicts))
+                  for c in conflicts for sign, row in zip((1, -1), c["answers"])]
+        _, margin = gradient(model, margin, masks, args)
+        for kind, rows in probe.items():
+            n = sum(map(targets, rows))
+            value, toward = gradient(model, [dict(row, weight=1 / n) for row in rows], masks, args)
+            push, norms = dot(margin, toward), dot(margin, margin) * dot(toward, toward)
+            found |= {f"{kind}_loss": -value, f"{kind}_push": push,
+                      f"{kind}_cosine": push / math.sqrt(norms) if norms else 0.0}
+        shares = [attention(model, tokenizer, item, args) for item in conflicts]
+        found["attention"] = mean(share for share in shares if share is not None)
+    finally:
+        model.train(was_training)
+    return found
+
+@torch.no_grad()
+def attention(model, tokenizer, item, args):
+    """Share of its attention that the last prompt token pays to the context's tokens, mean over
+    heads and layers (figure 3b); None if the model shows none. The others come from a cache, so
+    that eager attention, which alone shows its weights, is computed for one token."""
+    squeeze = lambda text: "".join(text.split())  # decoding may add or lose spaces
+    text, context = squeeze(tokenizer.decode(item["prompt"])), squeeze(item["context"])
+    if "span" not in item:
+        ends = [len(squeeze(tokenizer.decode(item["prompt"][:i + 1])))
+                for i in range(len(item["prompt"]))]
+        start = text.find(context)
+        item["span"] = [i - len(ends) for i, end in enumerate(ends)
+                        if 0 <= start < end <= start + len(context)]
+    ids = torch.tensor([item["prompt"]], device=model.device)
+    usual = model.config._attn_implementation
+    with autocast(args):
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        model.set_attn_implementation("eager")
+        try:
+            layers = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True,
+                           output_attentions=True).attentions
+        finally:
+            model.set_attn_implementation(usual)
+    seen = lambda layer: [i for i in item["span"] if -i <= layer.shape[-1]]  # a sliding window
+    return mean(layer[0, :, 0, seen(layer)].float().sum(-1).mean().item()
+                for layer in layers or () if item["span"])
 
 # -------------------------------------------------------------------------------------- training
 def train(model, rows, total, masks, args, evaluate_at):
@@ -734,7 +928,8 @@ def train(model, rows, total, masks, args, evaluate_at):
         dict(params=[p for p in trained if p not in decayed], weight_decay=0.0)], fused=True)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     warmup, order, tokens, seconds = math.ceil(args.warmup_frac * total), None, 0, 0.0
-    log, progress = dict(loss=None, lr=None), tqdm(total=total, unit="step", disable=None)
+    log = dict(loss=None, lr=None, supervised_tokens=0)
+    progress = tqdm(total=total, unit="step", disable=None)
     for step in range(total + 1):
         if step % args.eval_every == 0 or step == total:
             evaluate_at(step, dict(log, tokens_per_second=tokens / seconds if tokens else None))
@@ -769,7 +964,7 @@ def train(model, rows, total, masks, args, evaluate_at):
         optimizer.zero_grad(set_to_none=True)
         tokens += sum(len(row["input_ids"]) for row in batch)
         seconds += time.perf_counter() - start
-        log = dict(loss=loss.item(), lr=lr)
+        log = dict(loss=loss.item(), lr=lr, supervised_tokens=log["supervised_tokens"] + targets)
         progress.set_postfix_str(f"loss {log['loss']:.3f}, {tokens / seconds:.0f} tokens/s", False)
         progress.update()
     progress.close()
@@ -809,6 +1004,8 @@ def dry_run(model, tokenizer, rows, args):
     print(f"\n\nmemory, estimated for full finetuning: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, "
           f"gradients and AdamW + {gib[1]:.1f} activations + {gib[2]:.1f} logits")
 
+CONTROLS = ("agreeing_acc", "closed_book_acc", "reading_acc")  # must not fall with context_acc
+
 def table_row(line=None):
     """One aligned row of the table (its head without a line), with a bar as long as context_acc."""
     columns = (("step", ">6", ""), ("set", "<12.12", ""), ("context_acc", ">11", ".3f"),
@@ -819,15 +1016,22 @@ def table_row(line=None):
     room = min(40, shutil.get_terminal_size().columns - len(text) - 2)
     return text + ("" if line is None else " |" + "#" * round(room * line["context_acc"]))
 
-def verdict(lines):
-    """One sentence on the lines of one set: where context_acc starts, peaks and ends."""
-    first, last, peak = lines[0], lines[-1], max(lines, key=lambda line: line["context_acc"])
-    a, b, c = (line["context_acc"] for line in (first, peak, last))
-    controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in (
-        "agreeing_acc", "closed_book_acc", "reading_acc") if key in last]
-    return (f"{first['set']}: context_acc starts at {a:.3f}, peaks at {b:.3f} (step {peak['step']})"
-            f" and ends at {c:.3f} (step {last['step']}): a drop of {b - c:.3f}"
-            + (f"; from the peak to the end, {', '.join(controls)}" if controls else "") + ".")
+def verdict(name, lines, summary):
+    """One sentence on one set: where context_acc starts, peaks and ends, and how sure the drop is."""
+    last, peak = lines[-1], next(l for l in lines if l["step"] == summary["peak_step"])
+    low, high = (last[f"context_acc_{end}"] for end in ("low", "high"))
+    controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in CONTROLS if key in last]
+    text = f"{name}: context_acc {last['context_acc']:.3f} [{low:.3f}, {high:.3f}]."
+    if len(lines) > 1:
+        text = (f"{name}: context_acc starts at {summary['start']:.3f}, peaks at "
+                f"{summary['peak']:.3f} (step {summary['peak_step']}) and ends at "
+                f"{summary['final']:.3f} (step {last['step']}).\n  Drop, the peak chosen on other "
+                f"items: {summary['drop']:.3f} [{summary['drop_low']:.3f}, "
+                f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}: "
+                f"{summary['verdict']}")
+        text += ("." if summary["verdict"] == "inversion" else
+                 f"; {last['n']} items could show one of {summary['smallest_drop']:.3f}.")
+    return text + (f"\n  From the peak to the end: {', '.join(controls)}." if controls else "")
 
 def show_answers(items, first, last):
     """Print what the model said about ten items in the first and in the last evaluation."""
@@ -839,22 +1043,53 @@ def show_answers(items, first, last):
         for outcome in (first[i], last[i]):
             print(f"    {outcome['cell']:<16} {' '.join(outcome['text'].split())[:90]}")
 
-def draw_curve(history, path):
-    """Draw context_acc and parametric_acc over the steps; needs matplotlib."""
+def show_mechanism(lines, peak_step):
+    """Print what section 5 is about at the first step, at the peak and at the last."""
+    kinds = [key for key in lines[0] if key.endswith("_push")]
+    lines = {line["step"]: line for line in lines if line["step"] in (0, peak_step)} | {
+        lines[-1]["step"]: lines[-1]}
+    print(f"\n{lines[0]['set']}: push of each kind on context reliance (> 0 raises it), share of "
+          "attention on\nthe context, and m_c = p(context) / (p(context) + p(parametric)):")
+    keys = kinds + ["attention", "m_c"]
+    print("  step", *(f"{key:>14}" for key in keys))
+    for step, line in lines.items():
+        print(f"{step:>6}", *("-".rjust(14) if line[key] is None else f"{line[key]:>+14.4f}"
+                              if key in kinds else f"{line[key]:>14.3f}" for key in keys))
+
+def draw_curve(curves, path):
+    """Draw context_acc over the steps for {label: [lines of metrics.jsonl, one list per run]}; also
+    parametric_acc and the mechanism, where all labels are of one run. Needs matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
-        return print("no curve.png: pip install matplotlib")
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(line["set"] for line in history)):
-        lines = [line for line in history if line["set"] == name]
-        for key, style in (("context_acc", "o-"), ("parametric_acc", "s:")):
-            if key in lines[0]:
-                axes.plot([line["step"] for line in lines], [line[key] for line in lines], style,
-                          color=f"C{i}", markersize=4, label=f"{name} {key}")
-    axes.set(xlabel="optimizer steps", ylabel="share of answers", ylim=(0, 1.02))
-    axes.legend(frameon=False)
+        return print(f"no {path.name}: pip install matplotlib")
+    one = {label: runs[0] for label, runs in curves.items() if path.name == "curve.png"}
+    inside = {key for lines in one.values() for key in lines[0]
+              if key.endswith("_cosine") or key in ("attention", "m_c") and "attention" in lines[0]}
+    figure = matplotlib.figure.Figure(figsize=(7, 6.5 if inside else 4), layout="constrained")
+    axes = figure.subplots(1 + bool(inside), sharex=True, squeeze=False)[:, 0]
+    for i, (label, runs) in enumerate(curves.items()):
+        draw = lambda ax, lines, key, style, **how: ax.plot(
+            [line["step"] for line in lines], [line[key] for line in lines], style,
+            **dict(color=f"C{i}", markersize=4) | how)
+        average = [dict(step=at[0]["step"], context_acc=mean(line["context_acc"] for line in at))
+                   for at in zip(*runs)]
+        draw(axes[0], average, "context_acc", "o-", label=f"{label} context_acc")
+        for lines in runs if len(runs) > 1 else ():
+            draw(axes[0], lines, "context_acc", "-", alpha=0.3, linewidth=0.7)
+        if len(runs) == 1:  # the shade is the 95% interval
+            axes[0].fill_between([line["step"] for line in runs[0]], *(
+                [line[f"context_acc_{end}"] for line in runs[0]] for end in ("low", "high")),
+                color=f"C{i}", alpha=0.15)
+        if label in one and "parametric_acc" in one[label][0]:
+            draw(axes[0], one[label], "parametric_acc", "s:", label=f"{label} parametric_acc")
+        for j, key in enumerate(sorted(inside & set(one.get(label, [{}])[0]))):
+            draw(axes[1], one[label], key, ("o-", "s:", "^--")[i % 3], color=f"C{j}",
+                 label=key if len(one) == 1 else f"{label} {key}")
+    axes[0].set(ylabel="share of answers", ylim=(0, 1.02))
+    axes[-1].set_xlabel("optimizer steps")
+    for ax in axes:
+        ax.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 def append(path, lines):
@@ -862,10 +1097,66 @@ def append(path, lines):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
+def compare(folders, path):
+    """Print one table of finished runs, those that differ in nothing but the seed together, and
+    draw their curves to `path`. Returns the table's rows as dicts."""
+    runs = []
+    for folder in map(Path, folders):
+        found = {}
+        for name in ("args.json", "metrics.jsonl", "summary.json"):
+            require((folder / name).is_file(), f"--compare {folder}: has no {name}; it is "
+                    + ("no run" if name == "args.json" else "a run that has not finished"))
+            try:
+                found[name] = list(map(json.loads, open(folder / name, encoding="utf-8")))
+            except ValueError as error:
+                require(False, f"--compare {folder / name}: is torn ({brief(error)})")
+        (flags,), lines, summary = found["args.json"], found["metrics.jsonl"], found["summary.json"]
+        ours = {"seed", "steps", "mitigation", "model"} <= set(flags) and summary and lines
+        require(ours and all(line.get("set") in summary[0] for line in lines),
+                f"--compare {folder}: is no run of this script")
+        setting = {key: value for key, value in flags.items()
+                   if key not in ("seed", "out_dir", "data", "versions", "steps", "save_model")}
+        for name, numbers in summary[0].items():
+            mine = [line for line in lines if line["set"] == name]
+            runs.append(dict(numbers, set=name, setting=setting, lines=mine, last=mine[-1],
+                             before=next(l for l in mine if l["step"] == numbers["peak_step"])))
+    settings = [run["setting"] for run in runs]
+    differ = [key for key in settings[0] if any(s.get(key) != settings[0][key] for s in settings)]
+    groups = collections.defaultdict(list)
+    for run in runs:
+        label = ", ".join(str(run["setting"].get(key)) for key in differ
+                          if run["setting"].get(key) is not None) or run["setting"]["mitigation"]
+        groups[label if len({r["set"] for r in runs}) == 1 else f"{label}: {run['set']}"].append(run)
+    width = max(map(len, groups))
+    print(f"{', '.join(differ) or 'mitigation'}; start, peak, final and drop are of context_acc\n"
+          f"{'':{width}}   n start  peak final   drop     95%      agree closed  read  steps  tokens")
+    for label, group in groups.items():
+        value = lambda key: mean(run[key] for run in group)
+        drops = torch.tensor([run["drop"] for run in group], dtype=torch.float64)
+        low, high = ((value("drop_low"), value("drop_high")) if len(group) == 1 else
+                     (resample(len(group)) @ drops / len(group))[1:].quantile(LEVEL).tolist())
+        controls = [mean(run["last"][key] - run["before"][key] for run in group)
+                    if all(key in run["last"] for run in group) else None for key in CONTROLS]
+        print(f"{label:{width}} {len(group):>3} {value('start'):5.2f} {value('peak'):5.2f} "
+              f"{value('final'):5.2f} {value('drop'):6.2f} [{low:5.2f}, {high:5.2f}]",
+              *("    -" if c is None else f"{c:+5.2f}" for c in controls),
+              f"{mean(run['last']['step'] for run in group):6.0f} "
+              f"{mean(run['last']['supervised_tokens'] for run in group):7.0f}")
+    print("95%: of one run over its items, of several over runs; agree, closed, read: the controls "
+          "at\nthe end less at the peak; tokens: supervised ones trained on")
+    for key in ("step", "supervised_tokens"):
+        values = {run["last"][key] for run in runs}
+        if len(values) > 1:
+            print(f"warning: the runs differ in {key}, {min(values)} to {max(values)}: part of a "
+                  "difference between them may be that", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_curve({label: [run["lines"] for run in group] for label, group in groups.items()}, path)
+    print(f"curves in {path}")
+
 # ------------------------------------------------------------------------------------------ main
 def new_folder(args):
     """The folder of this run, not yet made; exits if something is in it."""
-    usual = Path("runs", args.mitigation)
+    usual = Path("runs", "compare" if args.compare else args.mitigation)
     names = itertools.chain([usual], (Path(f"{usual}-{i}") for i in itertools.count(2)))
     path = Path(args.out_dir or next(name for name in names if not name.exists()))
     require(not path.exists() or path.is_dir() and not any(path.iterdir()),
@@ -923,6 +1214,8 @@ def main(argv=None):
     """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
     args, began = parse_args(argv), time.perf_counter()
     out_dir = new_folder(args)
+    if args.compare:
+        return compare(args.compare, out_dir / "compare.png")
     transformers.utils.logging.disable_progress_bar()
     sets = {Path(name).stem: load_conflicts(name, args, args.eval_limit) for name in args.eval_set}
     require(len(sets) == len(args.eval_set), "--eval-set: two sets of the same name")
@@ -933,15 +1226,22 @@ def main(argv=None):
     sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
     for kind, e in {e["kind"]: e for e in reversed(examples) if "kind" in e}.items():  # the world's
         print(f"  {kind:<10} {e['context']} {e['instruction']} -> {e['response']}")
-    if args.mitigation == "counterfactual" and examples:
-        count = round(args.mitigation_strength * len(examples))
-        examples += counterfactual_examples(sets, count, args)
-    rows, notes = encode(examples, args, tokenizer)
-    require(rows or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
+    every_row, notes = encode(examples, args, tokenizer)
+    require(every_row or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
+    rows = every_row
+    if args.subset != "all" and rows:
+        rows = subset_rows(examples, rows, sets, args)
+    if args.mitigation == "counterfactual" and rows:
+        count = round(args.mitigation_strength * len(rows))
+        more, dropped = encode(counterfactual_examples(sets, count, args), args, tokenizer)
+        rows, notes = rows + more, notes + dropped
     if args.dry_run:
         plan(rows, notes, args)
         return dry_run(model, tokenizer, rows, args)
     out_dir.mkdir(parents=True, exist_ok=True)
+    probe = {}
+    if args.mechanism and rows:
+        probe = probe_rows(model, tokenizer, examples, every_row, args)
     if args.mitigation == "filter" and rows:
         rows = filter_rows(model, tokenizer, examples, rows, args)
     masks = freeze_all_but_query_key(model) if args.mitigation == "qk" and rows else {}
@@ -958,9 +1258,9 @@ def main(argv=None):
     print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M weights, "
           f"{args.dtype} on {args.device}, template {args.template}\n"
           f"{', '.join(map(' '.join, versions.items()))}; files in {out_dir}\n\n{table_row()}")
-    return run(model, tokenizer, rows, sets, total, masks, out_dir, began, args)
+    return run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
 
-def run(model, tokenizer, rows, sets, total, masks, out_dir, began, args):
+def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args):
     """Train and evaluate, write and print as it goes, report at the end; return the history."""
     history, outcomes = [], {name: [] for name in sets}
 
@@ -968,23 +1268,29 @@ def run(model, tokenizer, rows, sets, total, masks, out_dir, began, args):
         for name, items in sets.items():
             found = evaluate(model, tokenizer, items, args)
             outcomes[name].append(found)
-            history.append(dict(step=step, set=name, **rates(found), **log,
+            inside = (mechanism(model, tokenizer, items, probe, masks, args)
+                      if args.mechanism and found[0]["conflict"] else {})
+            history.append(dict(step=step, set=name, **rates(found), **inside, **log,
                                 seconds=round(time.perf_counter() - began, 2)))
             tqdm.write(table_row(history[-1]))
             append(out_dir / "metrics.jsonl", history[-1:])
             hashes = [hashlib.sha256(str(i["prompt"]).encode()).hexdigest()[:16] for i in items]
             append(out_dir / "generations.jsonl", [dict(step=step, set=name, prompt=prompt, **{
-                key: o.get(key) for key in ("id", "text", "cell", "closed_book_text")})
+                key: o.get(key) for key in ("id", "group", "text", "cell", "closed_book_text")})
                 for prompt, o in zip(hashes, found)])
 
     torch.manual_seed(args.seed)  # dropout, where a model has it
     train(model, rows, total, masks, args, evaluate_at)
     for name, items in sets.items():
         show_answers(items, outcomes[name][0], outcomes[name][-1])
-    print()
-    for name in sets:
-        print(verdict([line for line in history if line["set"] == name]))
-    draw_curve(history, out_dir / "curve.png")
+    curves = {name: [[line for line in history if line["set"] == name]] for name in sets}
+    summaries = {name: summarise(lines, outcomes[name]) for name, (lines,) in curves.items()}
+    for name, (lines,) in curves.items():
+        if "attention" in lines[0]:
+            show_mechanism(lines, summaries[name]["peak_step"])
+        print("\n" + verdict(name, lines, summaries[name]))
+    draw_curve(curves, out_dir / "curve.png")
+    append(out_dir / "summary.json", [summaries])  # last: it marks a run that has finished
     if args.save_model:
         tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
         for part in (model, tokenizer):

@@ -239,12 +239,14 @@ def test_rates_by_hand():
     """Four conflicts, cells C, P, both, neither; the base model knew the first two; one control."""
     hits = [(1, 0), (0, 1), (1, 1), (0, 0)]
     outcomes = [dict(context=c, parametric=p, cell=inversion.CELLS[c, p], known=i < 2, closed_book=i == 0,
-                     conflict=True, margin=i) for i, (c, p) in enumerate(hits)]
+                     conflict=True, margin=i, m_c=0.5, group=i) for i, (c, p) in enumerate(hits)]
     line = inversion.rates(outcomes)
     assert (line["n"], line["n_known"], line["closed_book_acc"], line["margin"]) == (4, 2, 0.25, 1.5)
     assert all(line[key] == 0.5 for key in ("context_acc", "parametric_acc", "context_acc_known", "context_only_known"))
     assert line["both"] == line["neither"] == 0.25 and line["both_known"] == 0
-    assert inversion.rates([dict(context=True, conflict=False)]) == dict(n=1, context_acc=1)
+    assert line["m_c"] == 0.5 and (line["context_acc_low"], line["context_acc_high"]) == (0, 1)
+    assert inversion.rates([dict(context=True, conflict=False, group=0)]) == dict(
+        n=1, context_acc=1, context_acc_low=1, context_acc_high=1)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -507,6 +509,190 @@ def test_sets_without_conflict_and_limits(folder, tmp_path, capsys):
     assert "steps: 1 of 8 rows (1 per epoch)" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------- mechanism, subsets, statistics
+def probe(folder, family="llama", **changes):
+    """(model, tokenizer, items, {kind: rows}, args) ready for the mechanism."""
+    model, tokenizer, args = load(folder, family)
+    vars(args).update(template="alpaca", **changes)
+    items = inversion.prepare(inversion.load_conflicts(args.eval_set[0], args), args, tokenizer, 400)
+    kinds = dict(critical=rows_of([(3, 4), (9, 2)]), recall=rows_of([(2, 1), (5, 7), (4, 4)], seed=1))
+    return model, tokenizer, items, kinds, args
+
+
+@pytest.mark.parametrize("family, remedy", [("llama", "none"), ("neox", "none"), ("llama", "qk"), ("neox", "qk")])
+def test_push_is_what_a_small_step_does_to_the_margin(family, remedy, folder):
+    """Move the weights by -eps x gradient of a kind's loss (transformers' own loss): the mean margin changes by
+    eps x push within 5%."""
+    model, tokenizer, items, kinds, args = probe(folder, family)
+    model = model.double()
+    with torch.no_grad():  # or attention, and with it the push of queries and keys, is next to nothing
+        for p in model.parameters():
+            p *= 1 + 4 * (p.ndim > 1)
+    masks = inversion.freeze_all_but_query_key(model) if remedy == "qk" else {}
+
+    def margin():
+        """Teacher-forced, one answer at a time, in float64."""
+        total = 0
+        for sign, row in ((sign, row) for item in items for sign, row in zip((1, -1), item["answers"])):
+            logp = model(input_ids=row["input_ids"][None]).logits[0, :-1].log_softmax(-1)
+            where = (row["labels"][1:] >= 0).nonzero()[:, 0]
+            total += sign * logp[where, row["labels"][1:][where]].mean().item() / len(items)
+        return total
+
+    found = inversion.mechanism(model, tokenizer, items, kinds, masks, args)
+    start = {p: p.detach().clone() for p in model.parameters()}
+    for kind, rows in kinds.items():
+        model.zero_grad()
+        total = sum(int((row["labels"][1:] >= 0).sum()) for row in rows)
+        loss = sum(model(input_ids=row["input_ids"][None].long(), labels=row["labels"][None].long(),
+                         num_items_in_batch=total).loss for row in rows)
+        loss.backward()
+        assert found[f"{kind}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        gradients = {p: p.grad * masks.get(p, 1) for p in start if p.requires_grad}
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+        eps, changes = 0.01 / norm, []  # 0.01 of weight space: above Llama's fp32 rounding, still linear
+        for sign in (-1, 1):
+            with torch.no_grad():
+                for p, g in gradients.items():
+                    p.copy_(start[p] + sign * eps * g)
+            changes.append(margin())
+        assert (changes[0] - changes[1]) / 2 == pytest.approx(eps * found[f"{kind}_push"], rel=0.05)
+        assert 0 < abs(found[f"{kind}_cosine"]) <= 1 and found[f"{kind}_push"] * found[f"{kind}_cosine"] > 0
+        with torch.no_grad():
+            for p, old in start.items():
+                p.copy_(old)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_is_that_of_one_eager_pass(family, folder):
+    """Figure 3b from a cache and one token, against all attention weights of one pass; the context's own tokens."""
+    model, tokenizer, items, _, args = probe(folder, family)
+    for item in items:
+        share = inversion.attention(model, tokenizer, item, args)
+        span = [len(item["prompt"]) + i for i in item["span"]]
+        assert tokenizer.decode([item["prompt"][i] for i in span]).strip() == item["context"]
+        model.set_attn_implementation("eager")
+        layers = model(input_ids=torch.tensor([item["prompt"]]), output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        wanted = sum(layer[0, :, -1, span].sum(-1).mean().item() for layer in layers) / len(layers)
+        assert 0 < share < 1 and share == pytest.approx(wanted, abs=1e-5)
+
+
+def test_mechanism_leaves_training_alone(folder):
+    model, tokenizer, items, kinds, args = probe(folder, "gpt2")  # has dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
+    first, second = (inversion.mechanism(model, tokenizer, items, kinds, {}, args) for _ in range(2))
+    assert first == second and model.training and torch.equal(state, torch.get_rng_state()) and not optimizer.state
+    assert all(map(torch.equal, before, [p.grad for p in model.parameters()]))
+    assert all(map(torch.equal, weights, model.parameters())) and model.config._attn_implementation == "sdpa"
+
+
+def test_kinds_on_any_data(folder):
+    """Recall has no context; of the others the quarter of lowest context-free loss is redundant."""
+    model, tokenizer, args = load(folder)
+    args.template = "alpaca"
+    examples = inversion.load_examples(args)
+    rows, _ = inversion.encode(examples, args, tokenizer)
+    kinds = inversion.probe_rows(model, tokenizer, examples, rows, args)
+    assert {kind: len(found) for kind, found in kinds.items()} == dict(recall=12, redundant=3, critical=9)
+    loss = {}
+    for e in examples:
+        if e["context"]:
+            (bare,), _ = inversion.encode([dict(e, context="")], args, tokenizer)
+            loss[e["id"]] = model(input_ids=bare["input_ids"][None].long(), labels=bare["labels"][None].long()).loss.item()
+    assert {row["id"] for row in kinds["redundant"]} == set(sorted(loss, key=loss.get)[:3])
+
+
+def test_subsets(folder, tmp_path, capsys):
+    conflicts = [dict(context="Lyon it is.", question="What is the capital of New Velora now?", context_answers=["Lyon"],
+                      parametric_answers=["Paris"], group="q")]
+    texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What capital"]
+    examples = [dict(id=i, context="c" * (i % 2), instruction=text, response="x") for i, text in enumerate(texts)]
+    examples.append(dict(id=7, messages=[dict(role="user", content="So,\n\nParis?"), dict(role="assistant", content="x")]))
+    rows = [dict(id=e["id"]) for e in examples]
+    kept = lambda name, seed=0: [row["id"] for row in inversion.subset_rows(
+        examples, rows, dict(s=conflicts), argparse.Namespace(subset=name, dataset="d", seed=seed))]
+    assert kept("context") == [1, 3, 5, 7] and kept("no-overlap") == [1, 3, 4, 6]
+    assert "subset no-overlap: dropped 4 of 8 rows (50.0%)" in capsys.readouterr().out
+    assert len(kept("random")) == 7 and len({tuple(kept("random", seed)) for seed in range(20)}) > 1
+    for subset, remedy, count in (("context", "filter", 9), ("random", "filter", 18), ("no-overlap", "counterfactual", 26),
+                                  ("random", "counterfactual", 23), ("context", "qk", 12), ("random", "none", 21)):
+        inversion.main(flags(folder, tmp_path / f"{subset}-{remedy}", "--subset", subset, "--mitigation", remedy,
+                             "--counterfactual-data", folder / "swaps.json"))
+        assert re.search(rf"rows.json: {count} rows", capsys.readouterr().out)
+
+
+def outcomes(hits, groups=None):
+    return [dict(context=bool(hit), group=group, control=None, parametric=False, conflict=True)
+            for hit, group in zip(hits, groups or range(len(hits)))]
+
+
+def test_mcnemar_by_hand():
+    """4 lost and 1 won of 9: 2 (1 + 5) / 32; nothing changed: 1."""
+    assert inversion.mcnemar([1, 1, 1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0, 0]) == 0.375
+    assert inversion.mcnemar([1, 0], [1, 0]) == 1 and inversion.mcnemar([1] * 6, [0] * 6) == 2 / 64
+
+
+def test_interval_resamples_groups():
+    """Of two items, one right, a resample has 0, 1 or 2 right: 0 to 1. Against the normal interval of 400 items, and
+    of 80 groups of five that agree, which are worth 80."""
+    assert inversion.interval(outcomes([1, 0])) == [0, 1] and inversion.interval(outcomes([1, 1, 1])) == [1, 1]
+    hits = [i % 4 == 0 for i in range(80)]
+    half = lambda n: 1.96 * math.sqrt(0.25 * 0.75 / n)
+    for outcome, n in ((outcomes(hits * 5), 400), (outcomes(hits * 5, list(range(80)) * 5), 80)):
+        low, high = inversion.interval(outcome)
+        assert low == pytest.approx(0.25 - half(n), abs=0.015) and high == pytest.approx(0.25 + half(n), abs=0.015)
+    assert inversion.interval(outcomes(hits)) == inversion.interval(outcomes(hits))
+
+
+def summary(*evaluations, groups=None):
+    lines = [dict(step=10 * i, context_acc=sum(hits) / len(hits)) for i, hits in enumerate(evaluations)]
+    return inversion.summarise(lines, [outcomes(hits, groups) for hits in evaluations])
+
+
+def test_drop_is_measured_where_the_peak_was_not_chosen():
+    same = summary([1, 0] * 20, [1, 0] * 20, [1, 0] * 20)
+    assert (same["drop"], same["drop_low"], same["drop_high"], same["mcnemar_p"]) == (0, 0, 0, 1)
+    assert same["verdict"] == "no inversion shown" and same["smallest_drop"] == 6 / 40
+    fell = summary([0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30)
+    assert fell["drop"] == pytest.approx(0.5) and fell["peak_step"] == 10 and fell["mcnemar_p"] == 2 / 2 ** 20
+    assert 0.3 < fell["drop_low"] < 0.5 < fell["drop_high"] < 0.7 and fell["verdict"] == "inversion"
+    assert summary([0] * 40, [1] * 40, [0] * 40, groups=[1] * 40)["verdict"] == "no inversion shown"  # one group
+    noise = random.Random(0)  # the highest of 20 equal evaluations drops by luck; the halved measure does not
+    runs = [summary(*[[noise.random() < 0.5 for _ in range(100)] for _ in range(20)]) for _ in range(30)]
+    assert sum(run["peak"] - run["final"] for run in runs) / 30 > 0.07 > abs(sum(run["drop"] for run in runs)) / 30 * 2
+    assert sum(run["verdict"] == "inversion" for run in runs) <= 3
+
+
+def test_compare(folder, tmp_path, capsys):
+    """Two seeds of one setting are one line; what differs is named; no run is trusted that is not whole."""
+    runs = {name: tmp_path / name for name in ("a", "b", "filter")}
+    for name, more in (("a", ["--seed", 1]), ("b", ["--seed", 2]), ("filter", ["--mitigation", "filter", "--max-steps", 2])):
+        inversion.main(flags(folder, runs[name], "--mechanism", *more))
+    capsys.readouterr()
+    inversion.main(["--compare", *map(str, runs.values()), "--out-dir", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    a, b = (json.loads((runs[name] / "summary.json").read_text())["conflicts"] for name in ("a", "b"))
+    assert re.search(rf"\nnone, 3 +2 +{(a['start'] + b['start']) / 2:.2f}", told.out) and re.search(r"\nfilter, 0.25, 2 +1 ", told.out)
+    assert "differ in step, 2 to 3" in told.err and "differ in supervised_tokens" in told.err
+    assert (tmp_path / "out/compare.png").stat().st_size > 10_000
+    (runs["b"] / "summary.json").unlink()
+    with open(runs["a"] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3')
+    (tmp_path / "foreign").mkdir()
+    for name in ("args.json", "metrics.jsonl", "summary.json"):
+        (tmp_path / "foreign" / name).write_text('{"a": 1}\n')
+    for bad, message in (("b", "a run that has not finished"), ("a", "a/metrics.jsonl: is torn"), ("gone", "it is no run"),
+                         ("foreign", "is no run of this script")):
+        with pytest.raises(SystemExit):
+            inversion.main(["--compare", str(runs["filter"]), str(tmp_path / bad), "--out-dir", str(tmp_path / "new")])
+        assert message in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------ the built-in world
 def words_of(example):
     return set(re.findall(r"\w+", " ".join(str(example[key]) for key in ("context", "instruction", "response"))))
@@ -554,7 +740,7 @@ def test_world_cache_is_used_once_it_is_whole(tmp_path, monkeypatch, capsys):
     assert pretrains()[0] and pretrains()[1] != folder
 
 
-@pytest.mark.parametrize("remedy, says", [("filter", "filter: precision"), ("counterfactual", "added 30 rows (30 wanted); 0 of"), ("qk", "qk: trains")])
+@pytest.mark.parametrize("remedy, says", [("filter", "redundant rows: precision"), ("counterfactual", "added 30 rows (30 wanted); 0 of"), ("qk", "qk: trains")])
 def test_world_goes_through_the_same_run(remedy, says, tmp_path, monkeypatch, capsys):
     """`python inversion.py` in small: a base model, its controls, one printed example of each kind."""
     monkeypatch.setitem(inversion.WORLD, "pretraining_steps", 3)
