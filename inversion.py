@@ -8,13 +8,15 @@ Instruction finetuning first raises and then lowers how much a language model re
 context when that context contradicts what it memorised in pretraining. This script finetunes a
 causal LM, asks it questions with counterfactual contexts every few steps, and draws the curve:
 
+    python inversion.py                              # a built-in world, offline, in two minutes
     python inversion.py --model EleutherAI/pythia-1b --dataset alpaca --eval-set world_facts squad
     python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
     python inversion.py --model ./my-llama --dataset tulu --dry-run          # look, then stop
+    python inversion.py --compare runs/none runs/filter                      # one table, one figure
 
-Read it top to bottom: flags, data, mitigations, evaluation, training, report, main. Two plain
-records carry everything, whatever the source:
+Read it top to bottom: flags, data, the world, mitigations, evaluation, statistics, mechanism,
+training, report, main. Two plain records carry everything, whatever the source:
     example   {id, context, instruction, response} (single turn) or {id, messages} (chat)
     conflict  {id, context, question, context_answers, parametric_answers, group}
 """
@@ -52,9 +54,9 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
      "single-turn rows, else the tokenizer's own chat template, else tulu"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
-    ("--subset", "all", ["all", "context", "no-overlap", "random"], "section 4's controls; context: "
-     "only rows with a context; no-overlap: none that names an evaluated answer or subject; random: "
-     "drop as many as filter would"),
+    ("--subset", "all", ["all", "context", "no-overlap", "random"], "controls of section 4; "
+     "context: only rows with a context; no-overlap: only rows that name no evaluated answer or "
+     "subject; random: drop as many as filter would"),
     ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
     "remedy (section 6)",
     ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
@@ -837,12 +839,13 @@ def probe_rows(model, tokenizer, examples, rows, args):
     context-free loss under the base model; critical are the others."""
     rows = random.Random(args.seed).sample(rows, min(len(rows), 5 * PROBE))
     loss = context_free_loss(model, tokenizer, examples, rows, args)
-    redundant, kinds = redundant_rows(loss, 0.25, examples), collections.defaultdict(list)
+    redundant = redundant_rows(loss, 0.25, examples)
+    kinds = dict(critical=[], redundant=[], recall=[])
     for row in rows:
         kind = ("recall" if row["id"] not in loss else
                 "redundant" if row["id"] in redundant else "critical")
         kinds[kind] += [row] * (len(kinds[kind]) < PROBE)
-    return dict(kinds)
+    return {kind: rows for kind, rows in kinds.items() if rows}
 
 def gradient(model, rows, masks, args):
     """Sum over rows of row["weight"] x log p(its targets), and the gradient of that: one fp32
@@ -1017,7 +1020,7 @@ def table_row(line=None):
     return text + ("" if line is None else " |" + "#" * round(room * line["context_acc"]))
 
 def verdict(name, lines, summary):
-    """One sentence on one set: where context_acc starts, peaks and ends, and how sure the drop is."""
+    """What to say of one set: where context_acc starts, peaks and ends, how sure the drop is."""
     last, peak = lines[-1], next(l for l in lines if l["step"] == summary["peak_step"])
     low, high = (last[f"context_acc_{end}"] for end in ("low", "high"))
     controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in CONTROLS if key in last]
@@ -1057,36 +1060,39 @@ def show_mechanism(lines, peak_step):
                               if key in kinds else f"{line[key]:>14.3f}" for key in keys))
 
 def draw_curve(curves, path):
-    """Draw context_acc over the steps for {label: [lines of metrics.jsonl, one list per run]}; also
-    parametric_acc and the mechanism, where all labels are of one run. Needs matplotlib."""
+    """Draw context_acc over the steps for {label: [lines of metrics.jsonl, a list per run]}, with
+    its 95% interval or each run behind the mean; for one run also parametric_acc and a panel with
+    the mechanism. Needs matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    one = {label: runs[0] for label, runs in curves.items() if path.name == "curve.png"}
-    inside = {key for lines in one.values() for key in lines[0]
-              if key.endswith("_cosine") or key in ("attention", "m_c") and "attention" in lines[0]}
-    figure = matplotlib.figure.Figure(figsize=(7, 6.5 if inside else 4), layout="constrained")
+    single = path.name == "curve.png"
+    keys = set().union(*(runs[0][0] for runs in curves.values() if "attention" in runs[0][0]))
+    inside = [key for key in ("critical_cosine", "redundant_cosine", "recall_cosine", "attention",
+                              "m_c") if single and key in keys]
+    figure = matplotlib.figure.Figure(figsize=(7, 7 if inside else 4), layout="constrained")
     axes = figure.subplots(1 + bool(inside), sharex=True, squeeze=False)[:, 0]
+    column = lambda lines, key: [line[key] for line in lines]
     for i, (label, runs) in enumerate(curves.items()):
-        draw = lambda ax, lines, key, style, **how: ax.plot(
-            [line["step"] for line in lines], [line[key] for line in lines], style,
-            **dict(color=f"C{i}", markersize=4) | how)
-        average = [dict(step=at[0]["step"], context_acc=mean(line["context_acc"] for line in at))
-                   for at in zip(*runs)]
-        draw(axes[0], average, "context_acc", "o-", label=f"{label} context_acc")
-        for lines in runs if len(runs) > 1 else ():
-            draw(axes[0], lines, "context_acc", "-", alpha=0.3, linewidth=0.7)
-        if len(runs) == 1:  # the shade is the 95% interval
-            axes[0].fill_between([line["step"] for line in runs[0]], *(
-                [line[f"context_acc_{end}"] for line in runs[0]] for end in ("low", "high")),
-                color=f"C{i}", alpha=0.15)
-        if label in one and "parametric_acc" in one[label][0]:
-            draw(axes[0], one[label], "parametric_acc", "s:", label=f"{label} parametric_acc")
-        for j, key in enumerate(sorted(inside & set(one.get(label, [{}])[0]))):
-            draw(axes[1], one[label], key, ("o-", "s:", "^--")[i % 3], color=f"C{j}",
-                 label=key if len(one) == 1 else f"{label} {key}")
+        look, steps = dict(color=f"C{i}", markersize=4), column(runs[0], "step")
+        average = [mean(values) for values in zip(*(column(run, "context_acc") for run in runs))]
+        axes[0].plot(steps[:len(average)], average, "o-", label=f"{label} context_acc", **look)
+        for run in runs if len(runs) > 1 else ():
+            axes[0].plot(column(run, "step"), column(run, "context_acc"), alpha=0.3, lw=0.7, **look)
+        if len(runs) == 1:
+            axes[0].fill_between(steps, column(runs[0], "context_acc_low"),
+                                 column(runs[0], "context_acc_high"), color=f"C{i}", alpha=0.15)
+        if single and "parametric_acc" in runs[0][0]:
+            axes[0].plot(steps, column(runs[0], "parametric_acc"), "s:",
+                         label=f"{label} parametric_acc", **look)
+        for j, key in enumerate(inside if "attention" in runs[0][0] else ()):
+            axes[1].plot(steps, column(runs[0], key), ("o-", "s:", "^--")[i % 3], color=f"C{j + 2}",
+                         markersize=4, label=f"{label} {key}")
     axes[0].set(ylabel="share of answers", ylim=(0, 1.02))
+    if inside:
+        axes[1].axhline(0, color="gray", lw=0.7)
+        axes[1].set_ylabel("KIND_cosine > 0: that kind raises it")
     axes[-1].set_xlabel("optimizer steps")
     for ax in axes:
         ax.legend(frameon=False, fontsize="small")
@@ -1097,52 +1103,60 @@ def append(path, lines):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
+def load_run(folder):
+    """A finished run as [one dict per set: its summary, flags that count, lines of metrics]; exits
+    if the folder holds none, a half-written or a foreign one."""
+    found = []
+    for name in ("args.json", "metrics.jsonl", "summary.json"):
+        require((folder / name).is_file(), f"--compare {folder}: has no {name}; it is "
+                + ("no run" if name == "args.json" else "a run that has not finished"))
+        try:
+            found.append(list(map(json.loads, open(folder / name, encoding="utf-8"))))
+        except ValueError as error:
+            require(False, f"--compare {folder / name}: is torn ({brief(error)})")
+    (flags, *_), lines, (summary, *_) = found
+    require({"seed", "steps", "mitigation", "model"} <= set(flags) and
+            {line.get("set") for line in lines} == set(summary),
+            f"--compare {folder}: is no run of this script")
+    setting = {key: value for key, value in flags.items() if key not in (
+        "seed", "out_dir", "save_model", "data", "versions", "steps")}
+    runs = []
+    for name, numbers in summary.items():
+        mine = [line for line in lines if line["set"] == name]
+        runs.append(dict(
+            numbers, set=name, setting=setting, lines=mine, last=mine[-1],
+            at_peak=next(line for line in mine if line["step"] == numbers["peak_step"])))
+    return runs
+
 def compare(folders, path):
     """Print one table of finished runs, those that differ in nothing but the seed together, and
-    draw their curves to `path`. Returns the table's rows as dicts."""
-    runs = []
-    for folder in map(Path, folders):
-        found = {}
-        for name in ("args.json", "metrics.jsonl", "summary.json"):
-            require((folder / name).is_file(), f"--compare {folder}: has no {name}; it is "
-                    + ("no run" if name == "args.json" else "a run that has not finished"))
-            try:
-                found[name] = list(map(json.loads, open(folder / name, encoding="utf-8")))
-            except ValueError as error:
-                require(False, f"--compare {folder / name}: is torn ({brief(error)})")
-        (flags,), lines, summary = found["args.json"], found["metrics.jsonl"], found["summary.json"]
-        ours = {"seed", "steps", "mitigation", "model"} <= set(flags) and summary and lines
-        require(ours and all(line.get("set") in summary[0] for line in lines),
-                f"--compare {folder}: is no run of this script")
-        setting = {key: value for key, value in flags.items()
-                   if key not in ("seed", "out_dir", "data", "versions", "steps", "save_model")}
-        for name, numbers in summary[0].items():
-            mine = [line for line in lines if line["set"] == name]
-            runs.append(dict(numbers, set=name, setting=setting, lines=mine, last=mine[-1],
-                             before=next(l for l in mine if l["step"] == numbers["peak_step"])))
-    settings = [run["setting"] for run in runs]
-    differ = [key for key in settings[0] if any(s.get(key) != settings[0][key] for s in settings)]
-    groups = collections.defaultdict(list)
+    draw their curves to `path`."""
+    runs = [run for folder in folders for run in load_run(Path(folder))]
+    setting, groups = runs[0]["setting"], collections.defaultdict(list)
+    differ = [key for key, value in setting.items()
+              if any(run["setting"].get(key) != value for run in runs)]
     for run in runs:
-        label = ", ".join(str(run["setting"].get(key)) for key in differ
-                          if run["setting"].get(key) is not None) or run["setting"]["mitigation"]
-        groups[label if len({r["set"] for r in runs}) == 1 else f"{label}: {run['set']}"].append(run)
-    width = max(map(len, groups))
+        values = [run["setting"].get(key) for key in differ or ["mitigation"]]
+        groups[", ".join([str(value) for value in values if value is not None] + [run["set"]] * (
+            len({run["set"] for run in runs}) > 1))].append(run)
+    width, average = max(map(len, groups)), lambda group, key: mean(run[key] for run in group)
     print(f"{', '.join(differ) or 'mitigation'}; start, peak, final and drop are of context_acc\n"
-          f"{'':{width}}   n start  peak final   drop     95%      agree closed  read  steps  tokens")
+          f"{'':{width}}   n start  peak final   drop   95%          agree closed  read  steps "
+          " tokens")
     for label, group in groups.items():
-        value = lambda key: mean(run[key] for run in group)
-        drops = torch.tensor([run["drop"] for run in group], dtype=torch.float64)
-        low, high = ((value("drop_low"), value("drop_high")) if len(group) == 1 else
-                     (resample(len(group)) @ drops / len(group))[1:].quantile(LEVEL).tolist())
-        controls = [mean(run["last"][key] - run["before"][key] for run in group)
-                    if all(key in run["last"] for run in group) else None for key in CONTROLS]
-        print(f"{label:{width}} {len(group):>3} {value('start'):5.2f} {value('peak'):5.2f} "
-              f"{value('final'):5.2f} {value('drop'):6.2f} [{low:5.2f}, {high:5.2f}]",
-              *("    -" if c is None else f"{c:+5.2f}" for c in controls),
-              f"{mean(run['last']['step'] for run in group):6.0f} "
-              f"{mean(run['last']['supervised_tokens'] for run in group):7.0f}")
-    print("95%: of one run over its items, of several over runs; agree, closed, read: the controls "
+        low, high = average(group, "drop_low"), average(group, "drop_high")
+        if len(group) > 1:
+            drops = torch.tensor([run["drop"] for run in group], dtype=torch.float64)
+            low, high = (resample(len(group)) @ drops / len(group))[1:].quantile(LEVEL).tolist()
+        fell = [mean(run["last"][key] - run["at_peak"][key] for run in group if key in run["last"])
+                for key in CONTROLS]
+        print(f"{label:{width}} {len(group):>3}", *(
+            f"{average(group, key):5.2f}" for key in ("start", "peak", "final")),
+            f"{average(group, 'drop'):6.2f} [{low:5.2f}, {high:5.2f}]",
+            *("    -" if c is None else f"{c:+5.2f}" for c in fell),
+            *(f"{mean(run['last'][key] for run in group):{form}}"
+              for key, form in (("step", "6.0f"), ("supervised_tokens", "7.0f"))))
+    print("95%: of one run over its items, of several over the runs; agree, closed, read: controls "
           "at\nthe end less at the peak; tokens: supervised ones trained on")
     for key in ("step", "supervised_tokens"):
         values = {run["last"][key] for run in runs}
