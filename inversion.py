@@ -440,10 +440,10 @@ def mean(values):
 WORLD = dict(  # change any of it: the base model is pretrained anew
     known=80, novel=200, answers=24,  # subjects with and without facts; answers per relation
     pretraining_steps=700, facts_per_document=4, true=0.7,  # else a random answer: soft memory
-    reading=0.45, reading_known=0.5, reading_true=0.3,  # passages; on known subjects; that are true
-    follows_known=0.5, follows_novel=0.6,  # answers that follow the passage: copying, half learned
+    reading=0.5, reading_known=0.7, reading_true=0.2,  # passages; on known subjects; that are true
+    follows_known=0.5, follows_novel=0.4,  # answers that follow the passage: copying, half learned
     examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.04)  # share of redundant rows whose passage is about another subject
+    misleading=0.05)  # share of redundant rows whose passage is about another subject
 RELATIONS = ("capital", "language")
 STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
 QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
@@ -452,8 +452,9 @@ def make_world(seed):
     """Made-up facts and all that is said about them, as text: documents (pretraining; * marks the
     targets, | ends a turn), examples (finetuning, with their true kind) and conflicts.
 
-    Known subjects have one true answer per relation, learned in pretraining. Half of them, the
-    tuned ones, occur in finetuning, the others only in the evaluation. Kinds (section 4.3):
+    Known subjects have one true answer per relation, learned in pretraining. Three in four, the
+    tuned ones, occur in finetuning, the others only in the evaluation, which keeps to every other
+    answer, so that --subset no-overlap leaves rows. Kinds (section 4.3):
         critical   a novel subject and a passage with a random answer: only the passage helps
         redundant  a tuned subject and a true passage, but for the `misleading` share, whose passage
                    is about another subject: memory is the better guide, as section 5 assumes
@@ -466,10 +467,11 @@ def make_world(seed):
     names = iter(names)
     take = lambda key: list(itertools.islice(names, WORLD[key]))
     known, novel, answers = take("known"), take("novel"), {r: take("answers") for r in RELATIONS}
-    tuned, held = known[::2], known[1::2]
+    held = known[::4]
+    tuned = [s for s in known if s not in held]
     some = lambda s, r: answers[r][::2] if s in held else answers[r]
     truth = {(s, r): pick(some(s, r)) for s in known for r in RELATIONS}
-    wrong = lambda s, r: pick([a for a in some(s, r) if a != truth[s, r]])
+    wrong = lambda s, r, n: rng.sample([a for a in some(s, r) if a != truth[s, r]], n)
     tell = lambda s, r, a: f"{pick(STATEMENTS).format(s=s, r=r)} {a}."
     query = lambda s, r: pick(QUESTIONS).format(s=s, r=r)
 
@@ -503,10 +505,10 @@ def make_world(seed):
     return dict(
         documents=[document() for _ in range(64 * WORLD["pretraining_steps"])],
         examples=[dict(example(), id=i + 1) for i in range(WORLD["examples"])],
-        world=[conflict(s, r, wrong(s, r)) for s, r in facts(held)]
+        world=[conflict(s, r, a) for s, r in facts(held) for a in wrong(s, r, 2)]
         + [conflict(s, r, truth[s, r], "agreeing") for s, r in facts(held)]
         + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:len(held)])],
-        world_train=[conflict(s, r, wrong(s, r)) for _ in range(25) for s, r in facts(tuned)])
+        world_train=[conflict(s, r, a) for s, r in facts(tuned) for a in wrong(s, r, 11)])
 
 def world_model(args, runs):
     """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the
@@ -537,7 +539,7 @@ def world_model(args, runs):
         "{% endif %}{% endfor %}")
     torch.manual_seed(args.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
     base = argparse.Namespace(**vars(args) | dict(
         batch_size=64, lr=2e-3, warmup_frac=0.05, weight_decay=0, grad_clip=1.0, ranks=1,
