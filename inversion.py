@@ -957,7 +957,7 @@ def train(model, rows, total, masks, args, evaluate_at, save=None, state=None, s
         for decays, decay in ((True, args.weight_decay), (False, 0.0))], fused=True)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     warmup, order, tokens, seconds = math.ceil(args.warmup_frac * total), None, 0, 0.0
-    first, log = 0, dict(loss=None, lr=None, supervised_tokens=0)
+    first, stop, log = 0, False, dict(loss=None, lr=None, supervised_tokens=0)
     if state:
         first, log = state["step"], state["log"]
         restore(model, optimizer, state, args)
@@ -970,9 +970,9 @@ def train(model, rows, total, masks, args, evaluate_at, save=None, state=None, s
         if at_end:
             break
         if step > first and args.checkpoint_every and (
-                step % args.checkpoint_every == 0 or log["stop"]):
+                step % args.checkpoint_every == 0 or stop):
             save(optimizer, step, log)
-            require(not log["stop"], f"stopped after step {step} and saved; --resume goes on from "
+            require(not stop, f"stopped after step {step} and saved; --resume goes on from "
                     "there", 128 + (stopped or [signal.SIGTERM])[0])
         start, (epoch, k) = time.perf_counter(), divmod(step, steps_per_epoch)
         if k == 0 or order is None:
@@ -1013,13 +1013,15 @@ def train(model, rows, total, masks, args, evaluate_at, save=None, state=None, s
         optimizer.zero_grad(set_to_none=True)
         tokens += sum(len(row["input_ids"]) for row in batch)
         seconds += time.perf_counter() - start
-        log = dict(loss=loss.item(), lr=lr, supervised_tokens=log["supervised_tokens"] + targets,
-                   stop=sums[1].item() > 0)
+        stop = sums[1].item() > 0
+        log = dict(loss=loss.item(), lr=lr, supervised_tokens=log["supervised_tokens"] + targets)
         progress.set_postfix_str(f"loss {log['loss']:.3f}, {tokens / seconds:.0f} tokens/s", False)
         progress.update()
     progress.close()
 
 # ------------------------------------------------- large models: adapters, several GPUs, --resume
+WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
 def add_lora(model, args):
     """The model with fp32 adapters on its linear layers (with qk: on query and key projections);
     they are evaluated beside the weights, and merged into them only by --save-model."""
@@ -1081,11 +1083,6 @@ def on_rank_0(work, args):
         torch.distributed.broadcast_object_list(found)
     return found[0]
 
-def whole(args):
-    """How states travel: whole, on rank 0's CPU, the trained weights alone; so they fit any
-    number of ranks."""
-    return dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-
 def save_model(model, tokenizer, folder, args):
     """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
     from torch.distributed.checkpoint import state_dict
@@ -1099,17 +1096,19 @@ def save_model(model, tokenizer, folder, args):
         tokenizer.save_pretrained(folder)
 
 def save_checkpoint(model, optimizer, step, log, folder, args):
-    """Write OUT_DIR/checkpoint-STEP.pt, whole or not at all, and keep the newest two."""
+    """Write OUT_DIR/checkpoint-STEP.pt, whole or not at all, and keep the newest two. It holds the
+    trained weights unsharded, so it fits any number of ranks; the order of the rows and dropout
+    follow from seed and step."""
     from torch.distributed.checkpoint import state_dict
     weights, state = state_dict.get_state_dict(
-        model, optimizer, options=state_dict.StateDictOptions(**whole(args)))
+        model, optimizer, options=state_dict.StateDictOptions(**WHOLE))
     if args.rank:
         return
     path = folder / f"checkpoint-{step}.pt"
     new = path.with_suffix(".new")
     try:
         with open(new, "wb") as file:
-            torch.save(dict(step=step, log=dict(log, stop=False), weights=weights, optimizer=state,
+            torch.save(dict(step=step, log=log, weights=weights, optimizer=state,
                             run=(folder / "args.json").read_text()), file)
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
@@ -1143,7 +1142,7 @@ def restore(model, optimizer, state, args):
     state_dict.set_state_dict(
         model, optimizer, model_state_dict=state.get("weights", {}),
         optim_state_dict=state.get("optimizer", {}), options=state_dict.StateDictOptions(
-            **whole(args), broadcast_from_rank0=args.ranks > 1))
+            **WHOLE, broadcast_from_rank0=args.ranks > 1))
 
 def same_run(folder, flags):
     """Exit if a flag, or the data, differs from the run in `folder` in a way that changes it."""
@@ -1454,10 +1453,13 @@ def main(argv=None):
         return experiment(args)
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.device != "cpu" else "gloo")
+    own = not torch.distributed.is_initialized()
+    if own:
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     with contextlib.redirect_stdout(open(os.devnull, "w") if args.rank else sys.stdout):
         history = experiment(args)
-    torch.distributed.destroy_process_group()
+    if own:
+        torch.distributed.destroy_process_group()
     return history
 
 def experiment(args):
