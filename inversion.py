@@ -23,14 +23,17 @@ training, report, main. Two plain records carry everything, whatever the source:
 import argparse
 import ast
 import collections
+import contextlib
 import hashlib
 import inspect
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import unicodedata
@@ -74,6 +77,12 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--weight-decay", 0.0, float, "AdamW's decay of the weight matrices (paper: 0)"),
     ("--grad-clip", 1.0, float, "largest gradient norm; 0 never clips (paper: not stated)"),
     ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
+    ("--lora-rank", 0, int, "train adapters of this rank (needs peft; paper: 128); 0: all weights"),
+    ("--lora-alpha", 16.0, float, "adapters count alpha / rank (paper: not stated)"),
+    ("--lora-dropout", 0.1, float, "dropout before the adapters (paper: not stated)"),
+    ("--checkpoint-every", None, int, "optimizer steps between checkpoints, the newest two are "
+     "kept; then Ctrl-C and SIGTERM save one, too (None: never)"),
+    ("--resume", False, bool, "go on from the newest whole checkpoint in OUT_DIR, same flags"),
     "evaluation",
     ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
     ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
@@ -98,7 +107,8 @@ WORLD_FLAGS = dict(  # defaults with --model world
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
     if not holds:
-        print(f"inversion.py: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks fail alike: told once
+            print(f"inversion.py: error: {message}", file=sys.stderr)
         raise SystemExit(status)
 
 def brief(error):
@@ -123,13 +133,18 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            least = int(type(value) is int and name not in ("max_steps", "seed"))
+            least = int(type(value) is int and name not in ("max_steps", "seed", "lora_rank"))
             require(least <= value < math.inf,
                     f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
     require(args.micro_batch_tokens >= args.max_length, f"--micro-batch-tokens "
             f"{args.micro_batch_tokens} cannot hold one row of --max-length {args.max_length}")
+    args.rank, args.ranks = (int(os.environ.get(key, one)) for key, one in (  # torchrun sets them
+        ("RANK", 0), ("WORLD_SIZE", 1)))
+    require(not (args.ranks > 1 and args.mechanism),
+            "--mechanism runs in one process; add --no-mechanism under torchrun")
     if args.device == "auto":
-        args.device = ("cuda" if torch.cuda.is_available() else
+        args.device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.ranks > 1 and
+                       torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else
                        "mps" if torch.backends.mps.is_available() else "cpu")
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device.startswith("cuda") else "fp32"
@@ -526,9 +541,9 @@ def world_model(args, runs):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
-    base = argparse.Namespace(device=args.device, dtype=args.dtype, seed=args.seed, batch_size=64,
-                              lr=2e-3, warmup_frac=0.05, weight_decay=0, grad_clip=1.0,
-                              micro_batch_tokens=4096, eval_every=10**9)
+    base = argparse.Namespace(**vars(args) | dict(
+        batch_size=64, lr=2e-3, warmup_frac=0.05, weight_decay=0, grad_clip=1.0, ranks=1,
+        micro_batch_tokens=4096, eval_every=10**9, checkpoint_every=None))
     train(model.to(args.device), documents, WORLD["pretraining_steps"], {}, base, lambda *_: None)
     new = Path(f"{folder}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -556,7 +571,8 @@ def context_free_loss(model, tokenizer, examples, rows, args):
     ids = {row["id"] for row in rows}
     bare = [e for e in map(without_context, examples) if e and e["id"] in ids]
     bare, _ = encode(bare, args, tokenizer)
-    scores = zip(bare, target_logprobs(model.eval(), bare, args))
+    with gathered(model.eval(), args):
+        scores = zip(bare, share(lambda rows: target_logprobs(model, rows, args), bare, args))
     loss = {row["id"]: -total / n for row, (total, n) in scores}
     return {i: loss[i] for i in sorted(loss, key=loss.get)}
 
@@ -629,8 +645,8 @@ def counterfactual_examples(sets, count, args):
                  messages=ask(c["context"], c["question"]) + reply(c)) for c in added]
 
 def freeze_all_but_query_key(model):
-    """Make query and key matrices alone trainable. Returns {fused parameter: bool mask of its query
-    and key entries}; the training loop holds the others still.
+    """Make query and key matrices alone trainable. Returns {name of a fused parameter: bool
+    mask of its query and key entries}; the training loop holds the others still.
 
     With a single token the softmax is over one key, so queries and keys get no gradient and values
     do: that finds them in any layout (separate, fused per head or stacked, transposed). Exits when
@@ -657,7 +673,8 @@ def freeze_all_but_query_key(model):
         p.requires_grad_(p in masks)
     moving = sum(int(mask.sum()) for mask in masks.values())
     print(f"qk: trains {moving} of {model.num_parameters()} weights")
-    return {p: mask for p, mask in masks.items() if not mask.all()}
+    return {name: masks[p] for name, p in model.named_parameters()
+            if p in masks and not masks[p].all()}
 
 # ------------------------------------------------------------------------------------ evaluation
 CELLS = {(1, 0): "context_only", (0, 1): "parametric_only", (1, 1): "both", (0, 0): "neither"}
@@ -731,10 +748,11 @@ def evaluate(model, tokenizer, items, args):
     was_training = model.training
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     try:
-        with autocast(args):
-            texts = generate(model, tokenizer, [item["prompt"] for item in items]
-                             + [item["closed_book_prompt"] for item in conflicts], args)
-        logps = target_logprobs(model, [row for i in conflicts for row in i["answers"]], args)
+        prompts = [item["prompt"] for item in items] + [i["closed_book_prompt"] for i in conflicts]
+        with gathered(model, args), autocast(args):
+            texts = share(lambda some: generate(model, tokenizer, some, args), prompts, args)
+            logps = share(lambda rows: target_logprobs(model, rows, args),
+                          [row for item in conflicts for row in item["answers"]], args)
     finally:
         model.train(was_training)
     closed, logps = iter(texts[len(items):]), iter(logps)
@@ -852,7 +870,7 @@ def probe_rows(model, tokenizer, examples, rows, args):
 def gradient(model, rows, masks, args):
     """Sum over rows of row["weight"] x log p(its targets), and the gradient of that: one fp32
     tensor per trainable parameter. Touches no .grad."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    names, trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
     total, value = [torch.zeros_like(p) for p in trained], 0.0
     for batch in micro_batches(rows, args.micro_batch_tokens):
         with autocast(args):
@@ -862,7 +880,7 @@ def gradient(model, rows, masks, args):
         for t, g in zip(total, torch.autograd.grad(part, trained, allow_unused=True)):
             t += 0 if g is None else g
         value += part.item()
-    return value, [t * masks[p] if p in masks else t for t, p in zip(total, trained)]
+    return value, [t * masks.get(name, 1) for t, name in zip(total, names)]
 
 def mechanism(model, tokenizer, items, probe, masks, args):
     """Section 5 on one set of conflicts, as metrics. KIND_loss: loss now. KIND_push: the inner
@@ -920,27 +938,42 @@ def attention(model, tokenizer, item, args):
                 for layer in layers or () if item["span"])
 
 # -------------------------------------------------------------------------------------- training
-def train(model, rows, total, masks, args, evaluate_at):
-    """Finetune in place for `total` optimizer steps, calling evaluate_at(step, log) at intervals.
+def train(model, rows, total, masks, args, evaluate_at, save=None, state=None, stopped=()):
+    """Finetune in place for `total` optimizer steps, calling evaluate_at(step, log) and
+    save(optimizer, step, log) at intervals; `state` is a checkpoint to go on from, and a signal's
+    number in `stopped` ends the run after the step at hand.
 
     The loss is summed over supervised tokens and divided by the supervised tokens of the WHOLE
-    step, so that neither the cut into micro-batches nor a short last batch changes what a token
-    weighs. `masks` (qk) hold back the gradient of what must not move."""
+    step, over all ranks, so that neither the cut into micro-batches nor a short last batch changes
+    what a token weighs. `masks` (qk) hold back the gradient of what must not move."""
+    masks = {p: masks[name] for name, p in model.named_parameters() if name in masks}
+    if args.ranks > 1:
+        masks = {p: torch.distributed.tensor.distribute_tensor(
+            mask, p.device_mesh, p.placements) for p, mask in masks.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = {p for p in trained if p.ndim > 1 and p not in masks}  # no biases, no norms
     optimizer = torch.optim.AdamW([
-        dict(params=[p for p in trained if p in decayed], weight_decay=args.weight_decay),
-        dict(params=[p for p in trained if p not in decayed], weight_decay=0.0)], fused=True)
+        dict(params=[p for p in trained if (p in decayed) == decays], weight_decay=decay)
+        for decays, decay in ((True, args.weight_decay), (False, 0.0))], fused=True)
     steps_per_epoch = math.ceil(len(rows) / args.batch_size)
     warmup, order, tokens, seconds = math.ceil(args.warmup_frac * total), None, 0, 0.0
-    log = dict(loss=None, lr=None, supervised_tokens=0)
-    progress = tqdm(total=total, unit="step", disable=None)
-    for step in range(total + 1):
-        if step % args.eval_every == 0 or step == total:
+    first, stop, log = 0, False, dict(loss=None, lr=None, supervised_tokens=0)
+    if state:
+        first, log = state["step"], state["log"]
+        restore(model, optimizer, state, args)
+    progress = tqdm(total=total, initial=first, unit="step", disable=args.rank > 0 or None)
+    for step in range(first, total + 1):
+        at_end, resumed = step == total, bool(state) and step == first
+        if (step % args.eval_every == 0 or at_end) and not resumed:
             evaluate_at(step, dict(log, tokens_per_second=tokens / seconds if tokens else None))
             tokens, seconds = 0, 0.0
-        if step == total:
+        if at_end:
             break
+        if step > first and args.checkpoint_every and (
+                step % args.checkpoint_every == 0 or stop):
+            save(optimizer, step, log)
+            require(not stop, f"stopped after step {step} and saved; --resume goes on from "
+                    "there", 128 + (stopped or [signal.SIGTERM])[0])
         start, (epoch, k) = time.perf_counter(), divmod(step, steps_per_epoch)
         if k == 0 or order is None:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
@@ -951,28 +984,200 @@ def train(model, rows, total, masks, args, evaluate_at):
         for group in optimizer.param_groups:
             group["lr"] = lr  # above 0 in every step, the first and the last included
         model.train()
-        loss = torch.zeros((), device=model.device)
-        for micro in micro_batches(batch, args.micro_batch_tokens):
+        torch.manual_seed(hash((args.seed, step, args.rank)))  # dropout: the same after --resume
+        sums = torch.zeros(2, device=args.device)  # loss, stop
+        micros = micro_batches(batch, args.micro_batch_tokens)
+        real, padding = len(micros), -len(micros) % args.ranks  # equal numbers, or ranks would wait
+        micros += micros[:1] * padding                          # for ever; the extra ones weigh 0
+        for i in range(args.rank, len(micros), args.ranks):
+            if args.ranks > 1:
+                model.set_requires_gradient_sync(i + args.ranks >= len(micros))
             with autocast(args):
-                logits, wanted, _ = supervised_logits(model, micro)
-            part = F.cross_entropy(logits, wanted, reduction="sum") / targets
-            part.backward()
-            loss += part.detach()
+                logits, wanted, _ = supervised_logits(model, micros[i])
+            part = F.cross_entropy(logits, wanted, reduction="sum") * (i < real) / targets
+            (part * args.ranks).backward()  # FSDP2 averages over the ranks
+            sums[0] += part.detach()
         for p, mask in masks.items():
             p.grad.mul_(mask)  # before clipping: what does not move has no say in the norm
         norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
+        sums[1] = len(stopped)
+        if args.ranks > 1:
+            norm = norm.full_tensor()
+            torch.distributed.all_reduce(sums)
+        loss = sums[0]
         require(loss.isfinite() and norm.isfinite(), f"step {step + 1}: loss {loss:.4g}, gradient "
                 f"norm {norm:.4g} in the batch of rows {', '.join(str(r['id']) for r in batch)}", 1)
         optimizer.step()
         for p, mask in masks.items() if args.weight_decay else ():
-            p.data[mask] *= 1 - lr * args.weight_decay
+            p.data.mul_(1 - lr * args.weight_decay * mask)
         optimizer.zero_grad(set_to_none=True)
         tokens += sum(len(row["input_ids"]) for row in batch)
         seconds += time.perf_counter() - start
+        stop = sums[1].item() > 0
         log = dict(loss=loss.item(), lr=lr, supervised_tokens=log["supervised_tokens"] + targets)
         progress.set_postfix_str(f"loss {log['loss']:.3f}, {tokens / seconds:.0f} tokens/s", False)
         progress.update()
     progress.close()
+
+# ------------------------------------------------- large models: adapters, several GPUs, --resume
+WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+def add_lora(model, args):
+    """The model with fp32 adapters on its linear layers (with qk: on query and key projections);
+    they are evaluated beside the weights, and merged into them only by --save-model."""
+    try:
+        import peft
+    except ImportError:
+        require(False, "--lora-rank needs a package that is not there: pip install peft")
+    where = "all-linear"
+    if args.mitigation == "qk":
+        require(not freeze_all_but_query_key(model), f"--lora-rank with --mitigation qk: "
+                f"{type(model).__name__} fuses values with queries and keys; an adapter moves all")
+        where = [name for name, module in model.named_modules() if getattr(
+            getattr(module, "weight", None), "requires_grad", False)]
+    model = peft.get_peft_model(model, peft.LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+        target_modules=where, task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"lora: trains {trained} weights beside {model.num_parameters() - trained}")
+    return model
+
+def shard(model, args):
+    """Spread weights, gradients and optimizer over the ranks with FSDP2, a decoder layer at a time:
+    fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
+    from torch.distributed import device_mesh, fsdp
+    mesh = device_mesh.init_device_mesh(args.device.split(":")[0], (args.ranks,))
+    policy = fsdp.MixedPrecisionPolicy(
+        torch.bfloat16 if args.dtype == "bf16" else None, torch.float32)
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
+    fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
+
+@contextlib.contextmanager
+def gathered(model, args):
+    """All weights on every rank meanwhile: then ranks may do unequal work without waiting."""
+    units = [m for m in model.modules() if args.ranks > 1 and hasattr(m, "unshard")]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+def share(work, items, args):
+    """work(items), each rank doing every so-manieth item; all get all results, in order."""
+    if args.ranks == 1:
+        return work(items)
+    found = [None] * args.ranks
+    torch.distributed.all_gather_object(found, work(items[args.rank::args.ranks]))
+    return [found[i % args.ranks][i // args.ranks] for i in range(len(items))]
+
+def on_rank_0(work, args):
+    """work(), done by rank 0 alone; all ranks get its result."""
+    found = [work() if args.rank == 0 else None]
+    if args.ranks > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+def save_model(model, tokenizer, folder, args):
+    """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
+    from torch.distributed.checkpoint import state_dict
+    model, weights = model.merge_and_unload() if args.lora_rank else model, None
+    if args.ranks > 1:
+        weights = state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(
+            full_state_dict=True, cpu_offload=True))
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
+    if args.rank == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+def save_checkpoint(model, optimizer, step, log, folder, args):
+    """Write OUT_DIR/checkpoint-STEP.pt, whole or not at all, and keep the newest two. It holds the
+    trained weights unsharded, so it fits any number of ranks; the order of the rows and dropout
+    follow from seed and step."""
+    from torch.distributed.checkpoint import state_dict
+    weights, state = state_dict.get_state_dict(
+        model, optimizer, options=state_dict.StateDictOptions(**WHOLE))
+    if args.rank:
+        return
+    path = folder / f"checkpoint-{step}.pt"
+    new = path.with_suffix(".new")
+    try:
+        with open(new, "wb") as file:
+            torch.save(dict(step=step, log=log, weights=weights, optimizer=state,
+                            run=(folder / "args.json").read_text()), file)
+        new.replace(path)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        new.unlink(missing_ok=True)
+        require(False, f"{path}: cannot be written ({brief(error)}); earlier ones are kept", 1)
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+
+def checkpoints(folder):
+    """Checkpoint files of a run, the newest last."""
+    found = [p for p in folder.glob("checkpoint-*.pt") if p.stem[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[11:]))
+
+def load_checkpoint(folder):
+    """The newest whole checkpoint of this very run, or None; what is torn or foreign is named."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["run"] == (folder / "args.json").read_text():
+                print(f"{path}: going on after step {state['step']}")
+                return state
+            why = "of another run"
+        except Exception as error:  # of many types: torn archive, no such key
+            why = brief(error)
+        print(f"{path}: skipped ({why})")
+    print(f"{folder}: no checkpoint to go on from; starting at step 0")
+
+def restore(model, optimizer, state, args):
+    """Put a checkpoint's weights and optimizer state in place; rank 0 hands them to the others."""
+    from torch.distributed.checkpoint import state_dict
+    state_dict.set_state_dict(
+        model, optimizer, model_state_dict=state.get("weights", {}),
+        optim_state_dict=state.get("optimizer", {}), options=state_dict.StateDictOptions(
+            **WHOLE, broadcast_from_rank0=args.ranks > 1))
+
+def same_run(folder, flags):
+    """Exit if a flag, or the data, differs from the run in `folder` in a way that changes it."""
+    try:
+        saved = json.loads((folder / "args.json").read_text().splitlines()[0])
+    except (ValueError, IndexError):
+        require(False, f"--resume {folder / 'args.json'}: is torn; start the run anew")
+    free = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device",
+            "versions", "data"}
+    changed = [f"--{key.replace('_', '-')} {value} (was {saved.get(key)})" for key, value in
+               flags.items() if key not in free and value != saved.get(key)]
+    require(not changed, f"--resume {folder}: would be another run with {', '.join(changed)}")
+    require(flags["data"] == saved["data"], f"--resume {folder}: the rows or the evaluation items "
+            "are no longer those of that run")
+
+def rewind(folder, state, sets):
+    """What the run wrote up to the checkpoint, as history and outcomes; lines after it, or torn,
+    leave the files."""
+    found, last = {}, state["step"] if state else -1
+    for name in ("metrics.jsonl", "generations.jsonl"):
+        found[name], path = [], folder / name
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                found[name] += [x for x in [json.loads(line)] if x["step"] <= last]
+        path.with_suffix(".new").unlink(missing_ok=True)
+        append(path.with_suffix(".new"), found[name])
+        path.with_suffix(".new").replace(path)
+    outcomes = {name: [] for name in sets}
+    for (_, name), said in itertools.groupby(found["generations.jsonl"],
+                                             lambda line: (line["step"], line["set"])):
+        outcomes[name].append([dict(o, context=o["cell"] in ("context_only", "both"))
+                               for o in said])
+        for item, o in zip(sets[name], outcomes[name][0]):
+            item["known"] = o["known"]
+    return found["metrics.jsonl"], outcomes
 
 # ---------------------------------------------------------------------------------------- report
 def plan(rows, notes, args):
@@ -999,15 +1204,24 @@ def dry_run(model, tokenizer, rows, args):
             text = tokenizer.decode([token for token, _ in part])
             print(f"[[{text}]]" if supervised else text, end="")
     n, config, size = model.num_parameters(), model.config, 2 if args.dtype == "bf16" else 4
+    trained = n
+    if args.lora_rank and args.mitigation != "qk":
+        trained = add_lora(model, args).num_parameters() - n
     layer = 17 * config.hidden_size * size  # bytes per token that a layer keeps, about; with
     kept = (layer + config.num_hidden_layers * config.hidden_size * size  # checkpointing its input
             if args.activation_checkpointing else layer * config.num_hidden_layers)
     share = mean((row["labels"] >= 0).float().mean().item() for row in rows)
-    gib = [x / 2**30 for x in (  # fp32 weight, gradient, AdamW's two, a bf16 copy; logits thrice
-        n * (16 if size == 4 else 18), args.micro_batch_tokens * kept,
+    copy = 0 if size == 4 else 2  # autocast's bf16 copies
+    gib = [x / 2**30 for x in (  # fp32 weights; gradient and AdamW's two; logits thrice
+        n * (4 + copy) + trained * 12, args.micro_batch_tokens * kept,
         args.micro_batch_tokens * share * config.vocab_size * 12)]
-    print(f"\n\nmemory, estimated for full finetuning: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, "
-          f"gradients and AdamW + {gib[1]:.1f} activations + {gib[2]:.1f} logits")
+    print(f"\n\nmemory, estimated: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, gradients and AdamW "
+          f"of {trained / 1e6:.0f}M trained weights + {gib[1]:.1f} activations + {gib[2]:.1f} "
+          "logits")
+    for ranks in (8, 16):
+        each = (gib[0] * 2**30 - n * copy) / ranks / 2**30
+        print(f"on each of {ranks} GPUs (torchrun): {each + gib[1] + gib[2]:.1f} GiB to train, "
+              f"{each + n * size / 2**30:.1f} to evaluate, with all weights gathered")
 
 CONTROLS = ("agreeing_acc", "closed_book_acc", "reading_acc")  # must not fall with context_acc
 
@@ -1032,10 +1246,10 @@ def verdict(name, lines, summary):
                 f"{summary['peak']:.3f} (step {summary['peak_step']}) and ends at "
                 f"{summary['final']:.3f} (step {last['step']}).\n  Drop, the peak chosen on other "
                 f"items: {summary['drop']:.3f} [{summary['drop_low']:.3f}, "
-                f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}: "
-                f"{summary['verdict']}")
-        text += ("." if summary["verdict"] == "inversion" else
-                 f"; {last['n']} items could show one of {summary['smallest_drop']:.3f}.")
+                f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}.\n  Verdict: "
+                f"{summary['verdict']}" + ("." if summary["verdict"] == "inversion" else
+                                           f" ({last['n']} items could show a drop of "
+                                           f"{summary['smallest_drop']:.3f})."))
     return text + (f"\n  From the peak to the end: {', '.join(controls)}." if controls else "")
 
 def show_answers(items, first, last):
@@ -1171,12 +1385,18 @@ def compare(folders, path):
 
 # ------------------------------------------------------------------------------------------ main
 def new_folder(args):
-    """The folder of this run, not yet made; exits if something is in it."""
+    """The folder of this run, not yet made; with --resume, the one to go on in."""
     usual = Path("runs", "compare" if args.compare else args.mitigation)
     names = itertools.chain([usual], (Path(f"{usual}-{i}") for i in itertools.count(2)))
-    path = Path(args.out_dir or next(name for name in names if not name.exists()))
-    require(not path.exists() or path.is_dir() and not any(path.iterdir()),
-            f"--out-dir {path}: holds another run or other files; name a new folder")
+    taken = list(itertools.takewhile(Path.exists, names))
+    if args.resume:
+        path = Path(args.out_dir or (taken or [usual])[-1])
+        require((path / "args.json").is_file(), f"--resume {path}: holds no run; name an --out-dir")
+        require(not (path / "summary.json").exists(), f"--resume {path}: has finished")
+        return path
+    path = Path(args.out_dir or (f"{usual}-{len(taken) + 1}" if taken else usual))
+    require(not path.exists() or path.is_dir() and not any(path.iterdir()), f"--out-dir {path}: "
+            "holds another run or other files; name a new folder, or go on with --resume")
     return path
 
 def load_model(args, source):
@@ -1191,7 +1411,7 @@ def load_model(args, source):
         else:
             model, info = auto.from_pretrained(source, dtype=torch.float32, **safe,
                                                use_safetensors=True, output_loading_info=True)
-            model = model.to(args.device).eval()
+            model = model.to(args.device if args.ranks == 1 else "cpu").eval()  # shards go there
     except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
         require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); "
                 "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
@@ -1228,15 +1448,32 @@ def choose_template(model, tokenizer, examples, args):
 
 def main(argv=None):
     """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
-    args, began = parse_args(argv), time.perf_counter()
-    out_dir = new_folder(args)
+    args = parse_args(argv)
+    if args.ranks == 1:
+        return experiment(args)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    own = not torch.distributed.is_initialized()
+    if own:
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    with contextlib.redirect_stdout(open(os.devnull, "w") if args.rank else sys.stdout):
+        history = experiment(args)
+    if own:
+        torch.distributed.destroy_process_group()
+    return history
+
+def experiment(args):
+    """One run, from the flags to the history."""
+    began, out_dir = time.perf_counter(), on_rank_0(lambda: new_folder(args), args)
     if args.compare:
         return compare(args.compare, out_dir / "compare.png")
     transformers.utils.logging.disable_progress_bar()
     sets = {Path(name).stem: load_conflicts(name, args, args.eval_limit) for name in args.eval_set}
     require(len(sets) == len(args.eval_set), "--eval-set: two sets of the same name")
     examples = [] if args.max_steps == 0 else load_examples(args)
-    source = world_model(args, out_dir.parent) if args.model == "world" else args.model
+    source = args.model
+    if args.model == "world":
+        source = on_rank_0(lambda: world_model(args, out_dir.parent), args)
     model, tokenizer = load_model(args, source)
     room = choose_template(model, tokenizer, examples, args)
     sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
@@ -1258,9 +1495,16 @@ def main(argv=None):
     probe = {}
     if args.mechanism and rows:
         probe = probe_rows(model, tokenizer, examples, every_row, args)
+    masks = {}
+    torch.manual_seed(args.seed)  # adapters
+    if args.lora_rank and rows:
+        model = add_lora(model, args)
+    elif args.mitigation == "qk" and rows:
+        masks = freeze_all_but_query_key(model)
+    if args.ranks > 1:
+        shard(model, args)
     if args.mitigation == "filter" and rows:
         rows = filter_rows(model, tokenizer, examples, rows, args)
-    masks = freeze_all_but_query_key(model) if args.mitigation == "qk" and rows else {}
     total = plan(rows, notes, args) if rows else 0
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -1269,8 +1513,11 @@ def main(argv=None):
         data.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
     versions = dict(python=sys.version.split()[0], torch=torch.__version__,
                     transformers=transformers.__version__)
-    append(out_dir / "args.json", [dict(vars(args), steps=total, data=data.hexdigest(),
-                                        versions=versions)])
+    flags = dict(vars(args), steps=total, data=data.hexdigest(), versions=versions)
+    if args.resume:
+        same_run(out_dir, flags)
+    elif args.rank == 0:
+        append(out_dir / "args.json", [flags])
     print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M weights, "
           f"{args.dtype} on {args.device}, template {args.template}\n"
           f"{', '.join(map(' '.join, versions.items()))}; files in {out_dir}\n\n{table_row()}")
@@ -1278,11 +1525,19 @@ def main(argv=None):
 
 def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args):
     """Train and evaluate, write and print as it goes, report at the end; return the history."""
-    history, outcomes = [], {name: [] for name in sets}
+    history, outcomes, state = [], {name: [] for name in sets}, None
+    if args.resume:
+        state = load_checkpoint(out_dir) if args.rank == 0 else None
+        if args.rank == 0:
+            history, outcomes = rewind(out_dir, state, sets)
+        light = on_rank_0(lambda: state and dict(step=state["step"], log=state["log"]), args)
+        state = state or light  # rank 0 hands the weights to the others in restore()
 
     def evaluate_at(step, log):
         for name, items in sets.items():
             found = evaluate(model, tokenizer, items, args)
+            if args.rank:
+                continue
             outcomes[name].append(found)
             inside = (mechanism(model, tokenizer, items, probe, masks, args)
                       if args.mechanism and found[0]["conflict"] else {})
@@ -1291,12 +1546,29 @@ def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
             tqdm.write(table_row(history[-1]))
             append(out_dir / "metrics.jsonl", history[-1:])
             hashes = [hashlib.sha256(str(i["prompt"]).encode()).hexdigest()[:16] for i in items]
-            append(out_dir / "generations.jsonl", [dict(step=step, set=name, prompt=prompt, **{
-                key: o.get(key) for key in ("id", "group", "text", "cell", "closed_book_text")})
+            keys = ("id", "group", "control", "known", "text", "cell", "closed_book_text")
+            append(out_dir / "generations.jsonl", [
+                dict(step=step, set=name, prompt=prompt, **{key: o.get(key) for key in keys})
                 for prompt, o in zip(hashes, found)])
 
-    torch.manual_seed(args.seed)  # dropout, where a model has it
-    train(model, rows, total, masks, args, evaluate_at)
+    stopped, usual = [], {}
+
+    def stop(number, _):
+        stopped.append(number)
+        signal.signal(number, usual[number])  # the second time, at once
+
+    if args.checkpoint_every:
+        usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train(model, rows, total, masks, args, evaluate_at, state=state, stopped=stopped,
+              save=lambda *now: save_checkpoint(model, *now, out_dir, args))
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if args.save_model:
+        save_model(model, tokenizer, out_dir / "model", args)
+    if args.rank:
+        return history
     for name, items in sets.items():
         show_answers(items, outcomes[name][0], outcomes[name][-1])
     curves = {name: [[line for line in history if line["set"] == name]] for name in sets}
@@ -1307,10 +1579,6 @@ def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
         print("\n" + verdict(name, lines, summaries[name]))
     draw_curve(curves, out_dir / "curve.png")
     append(out_dir / "summary.json", [summaries])  # last: it marks a run that has finished
-    if args.save_model:
-        tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
-        for part in (model, tokenizer):
-            part.save_pretrained(out_dir / "model")
     return history
 
 if __name__ == "__main__":

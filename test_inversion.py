@@ -3,9 +3,13 @@ tokenizer trained here and files in a temporary folder stand in for real ones; a
 import argparse
 import json
 import math
+import os
 import random
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -691,6 +695,174 @@ def test_compare(folder, tmp_path, capsys):
         with pytest.raises(SystemExit):
             inversion.main(["--compare", str(runs["filter"]), str(tmp_path / bad), "--out-dir", str(tmp_path / "new")])
         assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- several ranks, LoRA, --resume
+def timeless(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def test_two_ranks_are_one_process(folder, tmp_path):
+    """torchrun with FSDP2 on gloo: the losses of 20 steps to 1e-5, the same evaluations, and a run begun on two ranks
+    goes on on one. Micro-batches of 300 tokens make odd numbers of them, and ragged ones."""
+    cases = [("llama", "none"), ("neox", "none"), ("neox", "qk"), ("llama", "qk"), ("neox", "filter"), ("llama", "counterfactual")]
+    argv = lambda family, remedy, out, *more: flags(
+        folder, out, "--mitigation", remedy, "--counterfactual-data", folder / "swaps.json", "--max-steps", 20, "--eval-every", 4,
+        "--epochs", 99, "--batch-size", 5, "--max-length", 256, "--micro-batch-tokens", 300, "--weight-decay", 0.1,
+        "--save-model", "--checkpoint-every", 8, *more, model=family)
+    runs = [argv(*case, tmp_path / f"two-{i}") for i, case in enumerate(cases)]
+    runs.append(argv("llama", "none", tmp_path / "two-lora", "--lora-rank", 4, "--lora-dropout", 0))
+    (tmp_path / "runs.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport inversion, torch\n"
+                                      "torch.distributed.init_process_group('gloo')\n"
+                                      f"for argv in {runs!r}:\n    inversion.main(argv)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(tmp_path / "runs.py")], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("context_acc starts at") == len(runs)  # rank 0 alone prints
+    names = [f"two-{i}" for i in range(len(cases))] + ["two-lora"]
+    for name, argv_two in zip(names, runs):
+        argv_one = [str(tmp_path / name.replace("two", "one")) if x == str(tmp_path / name) else x for x in argv_two]
+        inversion.main(argv_one)
+        one, two = timeless(tmp_path / name.replace("two", "one")), timeless(tmp_path / name)
+        assert [line["step"] for line in one] == [0, 4, 8, 12, 16, 20] and len(two) == 6
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == b[key] if not isinstance(a[key], float) else a[key] == pytest.approx(b[key], abs=1e-5), (name, key)
+        a, b = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in (name, name.replace("two", "one")))
+        assert type(a) is type(b) and all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.parameters(), b.parameters()))
+    for name in ("two-2", "two-lora"):  # killed after step 16, gone on with one rank
+        (tmp_path / name / "summary.json").unlink()
+        inversion.main([*runs[names.index(name)], "--resume"])
+        one, two = timeless(tmp_path / name.replace("two", "one")), timeless(tmp_path / name)
+        assert len(two) == 6 and all(b == pytest.approx(a, abs=1e-5) for a, b in zip(one, two))
+
+
+def test_a_rank_that_dies_ends_the_run(folder, tmp_path):
+    (tmp_path / "dies.py").write_text(f"""import os, sys; sys.path.insert(0, {str(HERE)!r})
+import inversion
+usual = inversion.generate
+def generate(*args):
+    if os.environ["RANK"] == "1":
+        raise MemoryError("rank 1 is out of memory")
+    return usual(*args)
+inversion.generate = generate
+inversion.main({flags(folder, tmp_path / "run")!r})""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(tmp_path / "dies.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "rank 1 is out of memory" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    history = inversion.main(flags(folder, out, "--lora-rank", 4, "--save-model", "--max-steps", 4, "--lr", 0.01, model=family))
+    assert "lora: trains" in capsys.readouterr().out and history[0]["margin"] != history[-1]["margin"]
+    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (folder / family, out / "model"))
+    moved = {name for (name, a), b in zip(base.named_parameters(), merged.parameters()) if not torch.equal(a, b)}
+    assert moved and not any("embed" in name or "norm" in name or "ln_" in name or "head" in name for name in moved)
+    again = inversion.main(flags(folder, tmp_path / "again", "--max-steps", 0, "--template", "alpaca", model=out / "model"))
+    assert again[0]["margin"] == pytest.approx(history[-1]["margin"], abs=1e-4)  # evaluated unmerged, saved merged
+
+
+def test_lora_with_qk(folder, tmp_path, capsys):
+    pytest.importorskip("peft")
+    inversion.main(flags(folder, tmp_path / "run", "--lora-rank", 4, "--mitigation", "qk", "--save-model", "--lr", 0.01))
+    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(p) for p in (folder / "llama", tmp_path / "run/model"))
+    moved = {name for (name, a), b in zip(base.named_parameters(), merged.parameters()) if not torch.equal(a, b)}
+    assert len(moved) == 4 and all("q_proj" in name or "k_proj" in name for name in moved)
+    with pytest.raises(SystemExit):
+        inversion.main(flags(folder, tmp_path / "fused", "--lora-rank", 4, "--mitigation", "qk", model="neox"))
+    assert "GPTNeoXForCausalLM fuses values with queries and keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family, more", [("gpt2", []), ("neox", ["--mitigation", "qk"]), ("llama", ["--lora-rank", "4"]),
+                                          ("llama", ["--mechanism"])])
+def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, monkeypatch, capsys):
+    """Stopped while it writes a checkpoint, while it evaluates and by a signal: the metrics and the weights are
+    bit-identical (gpt2 has dropout). Torn and foreign checkpoints are named and skipped."""
+    argv = lambda name, *rest: flags(folder, tmp_path / name, "--max-steps", 11, "--epochs", 9, "--save-model", "--checkpoint-every", 2,
+                                     "--eval-every", 3, *more, *rest, model=family)
+    inversion.main(argv("unbroken"))
+    assert [p.name for p in inversion.checkpoints(tmp_path / "unbroken")] == ["checkpoint-8.pt", "checkpoint-10.pt"]
+
+    def dies_at(name, call, where=inversion):
+        usual, calls = getattr(where, name), []
+
+        def function(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                monkeypatch.setattr(where, name, usual)
+                if where is torch.nn.utils:
+                    os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a step, which ends first
+                else:
+                    raise MemoryError
+            return usual(*args, **kwargs)
+        monkeypatch.setattr(where, name, function)
+
+    for name, call in (("append", 4), ("save_checkpoint", 2), ("evaluate", 2)):  # the run begins after the first append
+        dies_at(name, call)
+        with pytest.raises(MemoryError):
+            inversion.main(argv("broken", *(["--resume"] if (tmp_path / "broken").exists() else [])))
+    with open(tmp_path / "broken/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "se')
+    (tmp_path / "broken/checkpoint-98.pt").write_bytes(b"torn")
+    (tmp_path / "broken/checkpoint-99.pt").write_bytes((tmp_path / "unbroken/checkpoint-8.pt").read_bytes())
+    capsys.readouterr()
+    dies_at("clip_grad_norm_", 2, torch.nn.utils)
+    with pytest.raises(SystemExit) as stopped:
+        inversion.main(argv("broken", "--resume"))
+    told = capsys.readouterr()
+    assert stopped.value.code == 143 and "--resume goes on from there" in told.err
+    assert "checkpoint-98.pt: skipped" in told.out and "checkpoint-99.pt: skipped (of another run)" in told.out
+    for path in (tmp_path / "broken").glob("checkpoint-9*.pt"):
+        path.unlink()
+    history = inversion.main(argv("broken", "--resume"))
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken") and len(history) == 5
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("unbroken", "broken")]
+    assert weights[0] == weights[1]
+    texts = [(tmp_path / name / "generations.jsonl").read_text() for name in ("unbroken", "broken")]
+    assert texts[0] == texts[1]
+    one, two = ((tmp_path / name / "summary.json").read_text() for name in ("unbroken", "broken"))
+    assert one == two
+
+
+def test_resume_refuses_what_would_be_another_run(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    inversion.main(flags(folder, out, "--checkpoint-every", 2))
+    for more, message in (([], "has finished"), (["--lr", 0.5, "--seed", 3], "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)"),
+                          (["--dataset", folder / "other.json"], "another run with --dataset"), (["--out-dir", folder], "holds no run")):
+        (folder / "other.json").write_text(json.dumps(ALPACA_ROWS[:20]))
+        with pytest.raises(SystemExit):
+            inversion.main(flags(folder, out, "--checkpoint-every", 1, "--resume", *more))
+        assert message in capsys.readouterr().err
+        (out / "summary.json").unlink(missing_ok=True)
+    (folder / "rows.json").write_text(json.dumps(ALPACA_ROWS[::-1]))
+    with pytest.raises(SystemExit):
+        inversion.main(flags(folder, out, "--resume"))
+    (folder / "rows.json").write_text(json.dumps(ALPACA_ROWS))
+    assert "the rows or the evaluation items are no longer" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    usual, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"some of it")
+            raise OSError(28, "No space left on device")
+        usual(state, file)
+    monkeypatch.setattr(torch, "save", save)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        inversion.main(flags(folder, out, "--checkpoint-every", 1, "--max-steps", 5))
+    assert stopped.value.code == 1 and "checkpoint-3.pt: cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in out.glob("checkpoint*")) == ["checkpoint-1.pt", "checkpoint-2.pt"]
+    monkeypatch.setattr(torch, "save", usual)
+    assert len(inversion.main(flags(folder, out, "--checkpoint-every", 1, "--max-steps", 5, "--resume"))) == 4
 
 
 # ------------------------------------------------------------------------------ the built-in world
