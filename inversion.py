@@ -104,6 +104,9 @@ WORLD_FLAGS = dict(  # defaults with --model world
     lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
     max_new_tokens=3, mechanism=True)
 
+FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device",
+        "mechanism"}  # these change no result
+
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
     if not holds:
@@ -829,7 +832,8 @@ def summarise(lines, evaluations):
     """Start, peak and final context_acc of one set, and its drop. The highest of many evaluations
     is too high by luck, so the peak step is chosen on one half of the groups and the drop measured
     on the other, both ways, and averaged, in each of the resamples. McNemar's p compares the peak
-    of all items with the end. An interval above zero, and enough groups, make an inversion."""
+    of all items with the end. An interval above zero makes an inversion, if it comes from at least
+    six groups: fewer cannot show anything at p < 0.05, even if all change (2 / 2**6 = 0.03)."""
     evaluations = [[o for o in e if not o["control"]] for e in evaluations]
     hits, items = by_group(evaluations)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
@@ -842,13 +846,12 @@ def summarise(lines, evaluations):
                 for ours, theirs in (accs, accs[::-1])) / 2
     (low, high), peak = drops[1:].quantile(LEVEL).tolist(), int(hits.sum(1).argmax())
     context = [[o["context"] for o in e] for e in evaluations]
-    smallest = max(6 / len(items), (high - low) / 2)  # six changes, all one way: p = 2 / 2**6
-    shown = low > 0 and drops[0].item() >= 6 / len(items)
+    smallest = max(6 / items.sum().item(), (high - low) / 2)
     return dict(start=lines[0]["context_acc"], peak=lines[peak]["context_acc"],
                 peak_step=lines[peak]["step"], final=lines[-1]["context_acc"],
                 drop=drops[0].item(), drop_low=low, drop_high=high, smallest_drop=smallest,
                 mcnemar_p=mcnemar(context[peak], context[-1]),
-                verdict="inversion" if shown else "no inversion shown")
+                verdict="inversion" if low > 0 and len(items) >= 6 else "no inversion shown")
 
 # ------------------------------------------------------------------------ mechanism (section 5)
 PROBE = 160  # rows per kind, and conflicts, that it is measured on
@@ -1150,10 +1153,9 @@ def same_run(folder, flags):
         saved = json.loads((folder / "args.json").read_text().splitlines()[0])
     except (ValueError, IndexError):
         require(False, f"--resume {folder / 'args.json'}: is torn; start the run anew")
-    free = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device",
-            "versions", "data"}
-    changed = [f"--{key.replace('_', '-')} {value} (was {saved.get(key)})" for key, value in
-               flags.items() if key not in free and value != saved.get(key)]
+    changed = [f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+               for key, value in flags.items()
+               if key not in FREE | {"data", "versions"} and value != saved.get(key)]
     require(not changed, f"--resume {folder}: would be another run with {', '.join(changed)}")
     require(flags["data"] == saved["data"], f"--resume {folder}: the rows or the evaluation items "
             "are no longer those of that run")
@@ -1247,9 +1249,10 @@ def verdict(name, lines, summary):
                 f"{summary['final']:.3f} (step {last['step']}).\n  Drop, the peak chosen on other "
                 f"items: {summary['drop']:.3f} [{summary['drop_low']:.3f}, "
                 f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}.\n  Verdict: "
-                f"{summary['verdict']}" + ("." if summary["verdict"] == "inversion" else
-                                           f" ({last['n']} items could show a drop of "
-                                           f"{summary['smallest_drop']:.3f})."))
+                f"{summary['verdict']}" + (
+                    "." if summary["verdict"] == "inversion" else f" ({last['n']} items could show "
+                    f"a drop of {summary['smallest_drop']:.3f})." if summary["smallest_drop"] < 1
+                    else f" ({last['n']} items are too few)."))
     return text + (f"\n  From the peak to the end: {', '.join(controls)}." if controls else "")
 
 def show_answers(items, first, last):
@@ -1287,7 +1290,7 @@ def draw_curve(curves, path):
     keys = set().union(*(runs[0][0] for runs in curves.values() if "attention" in runs[0][0]))
     inside = [key for key in ("critical_cosine", "redundant_cosine", "recall_cosine", "attention",
                               "m_c") if single and key in keys]
-    figure = matplotlib.figure.Figure(figsize=(7, 7 if inside else 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 7 if inside else 5), layout="constrained")
     axes = figure.subplots(1 + bool(inside), sharex=True, squeeze=False)[:, 0]
     column = lambda lines, key: [line[key] for line in lines]
     for i, (label, runs) in enumerate(curves.items()):
@@ -1310,8 +1313,10 @@ def draw_curve(curves, path):
         axes[1].axhline(0, color="gray", lw=0.7)
         axes[1].set_ylabel("KIND_cosine > 0: that kind raises it")
     axes[-1].set_xlabel("optimizer steps")
-    for ax in axes:
+    for ax in axes if single else ():
         ax.legend(frameon=False, fontsize="small")
+    if not single:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 
 def append(path, lines):
@@ -1334,8 +1339,8 @@ def load_run(folder):
     require({"seed", "steps", "mitigation", "model"} <= set(flags) and
             {line.get("set") for line in lines} == set(summary),
             f"--compare {folder}: is no run of this script")
-    setting = {key: value for key, value in flags.items() if key not in (
-        "seed", "out_dir", "save_model", "data", "versions", "steps")}
+    setting = {key: value for key, value in flags.items() if key not in FREE | {
+        "seed", "data", "versions", "steps"}}
     runs = []
     for name, numbers in summary.items():
         mine = [line for line in lines if line["set"] == name]
@@ -1455,7 +1460,8 @@ def main(argv=None):
         torch.cuda.set_device(args.device)
     own = not torch.distributed.is_initialized()
     if own:
-        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+        torch.distributed.init_process_group(
+            "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     with contextlib.redirect_stdout(open(os.devnull, "w") if args.rank else sys.stdout):
         history = experiment(args)
     if own:

@@ -552,7 +552,7 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, remedy, folder):
                          num_items_in_batch=total).loss for row in rows)
         loss.backward()
         assert found[f"{kind}_loss"] == pytest.approx(loss.item(), rel=1e-5)
-        gradients = {p: p.grad * masks.get(p, 1) for p in start if p.requires_grad}
+        gradients = {p: p.grad * masks.get(name, 1) for name, p in model.named_parameters() if p.requires_grad}
         norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
         eps, changes = 0.01 / norm, []  # 0.01 of weight space: above Llama's fp32 rounding, still linear
         for sign in (-1, 1):
@@ -665,7 +665,8 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     fell = summary([0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30)
     assert fell["drop"] == pytest.approx(0.5) and fell["peak_step"] == 10 and fell["mcnemar_p"] == 2 / 2 ** 20
     assert 0.3 < fell["drop_low"] < 0.5 < fell["drop_high"] < 0.7 and fell["verdict"] == "inversion"
-    assert summary([0] * 40, [1] * 40, [0] * 40, groups=[1] * 40)["verdict"] == "no inversion shown"  # one group
+    for groups, shown in ((5, "no inversion shown"), (6, "inversion")):  # many items, few groups
+        assert summary([0] * 40, [1] * 40, [0] * 40, groups=[i % groups for i in range(40)])["verdict"] == shown
     noise = random.Random(0)  # the highest of 20 equal evaluations drops by luck; the halved measure does not
     runs = [summary(*[[noise.random() < 0.5 for _ in range(100)] for _ in range(20)]) for _ in range(30)]
     assert sum(run["peak"] - run["final"] for run in runs) / 30 > 0.07 > abs(sum(run["drop"] for run in runs)) / 30 * 2
@@ -910,6 +911,18 @@ def test_world_cache_is_used_once_it_is_whole(tmp_path, monkeypatch, capsys):
     assert pretrains("--seed", "1")[1] != folder
     monkeypatch.setitem(inversion.WORLD, "true", 0.5)
     assert pretrains()[0] and pretrains()[1] != folder
+
+
+def test_world_rises_and_falls(tmp_path, monkeypatch):
+    """The default run in small (fewer steps): context_acc rises and falls, its controls do not; a verdict with an interval."""
+    monkeypatch.setitem(inversion.WORLD, "pretraining_steps", 400)
+    history = inversion.main(["--device", "cpu", "--seed", "1", "--max-steps", "240", "--no-mechanism", "--out-dir", str(tmp_path / "run")])
+    start, *_, final = history
+    peak = max(history, key=lambda line: line["context_acc"])
+    assert peak["context_acc"] - start["context_acc"] > 0.2 and peak["context_acc"] - final["context_acc"] > 0.2
+    assert all(final[key] - peak[key] > -0.05 for key in ("agreeing_acc", "closed_book_acc", "reading_acc"))
+    found = json.loads((tmp_path / "run/summary.json").read_text())["world"]
+    assert found["verdict"] == "inversion" and 0 < found["drop_low"] < found["drop"] < found["drop_high"]
 
 
 @pytest.mark.parametrize("remedy, says", [("filter", "redundant rows: precision"), ("counterfactual", "added 30 rows (30 wanted); 0 of"), ("qk", "qk: trains")])
