@@ -513,10 +513,23 @@ def make_world(seed):
         + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:len(held)])],
         world_train=[conflict(s, r, a) for s, r in facts(tuned) for a in wrong(s, r, 11)])
 
+def world_tokenizer(world):
+    """A token per word; | ends a turn."""
+    texts = world["documents"] + [e["context"] + e["response"] for e in world["examples"]]
+    vocabulary = ["<s>", "|"] + sorted(set(re.findall(r"\w+|[.?]", " ".join(texts))))
+    tokenizer = Tokenizer(models.WordLevel(
+        {word: i for i, word in enumerate(vocabulary)}, unk_token="|"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="|", chat_template="{{ bos_token }}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}")
+
 def world_model(args, runs):
     """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the
     loop that finetunes. Its key covers all that shapes it; a torn folder is made anew."""
-    source = [inspect.getsource(f) for f in (make_world, world_model, train, supervised_logits)]
+    source = [inspect.getsource(f) for f in (
+        make_world, world_tokenizer, world_model, train, supervised_logits)]
     key = str([WORLD, STATEMENTS, QUESTIONS, args.seed, args.dtype, args.device, torch.__version__,
                torch.get_num_threads(), transformers.__version__, source])
     digest = lambda data: hashlib.sha256(data).hexdigest()
@@ -526,20 +539,13 @@ def world_model(args, runs):
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
     world, documents = make_world(args.seed), []
-    texts = world["documents"] + [e["context"] + e["response"] for e in world["examples"]]
-    vocabulary = sorted(set(re.findall(r"\w+|[.?]", " ".join(texts))))
-    vocabulary = {word: i for i, word in enumerate(["<s>", "|"] + vocabulary)}
+    tokenizer = world_tokenizer(world)
+    vocabulary = tokenizer.get_vocab()
     for n, text in enumerate(world["documents"]):
         parts = ["<s>"] + re.findall(r"\*?(?:\w+|[.?|])", text)
         documents.append(dict(
             id=n, input_ids=torch.tensor([vocabulary[p.strip("*")] for p in parts]),
             labels=torch.tensor([vocabulary[p[1:]] if p[0] == "*" else -100 for p in parts])))
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="|"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="|", chat_template="{{ bos_token }}"
-        "{% for m in messages %}{{ m.content + ' ' }}{% if m.role == 'assistant' %}{{ eos_token }}"
-        "{% endif %}{% endfor %}")
     torch.manual_seed(args.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
@@ -1147,8 +1153,20 @@ def restore(model, optimizer, state, args):
         optim_state_dict=state.get("optimizer", {}), options=state_dict.StateDictOptions(
             **WHOLE, broadcast_from_rank0=args.ranks > 1))
 
-def same_run(folder, flags):
-    """Exit if a flag, or the data, differs from the run in `folder` in a way that changes it."""
+VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__,
+                transformers=transformers.__version__)
+
+def note_flags(rows, sets, total, folder, args):
+    """Write args.json: flags, versions, a fingerprint of the data. With --resume, exit if a flag
+    or the data differs from what is written there in a way that makes another run."""
+    data = hashlib.sha256()
+    for row in rows + [row for items in sets.values() for i in items for row in i["answers"]]:
+        data.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
+    flags = dict(vars(args), steps=total, data=data.hexdigest(), versions=VERSIONS)
+    if args.rank == 0 and not args.resume:
+        append(folder / "args.json", [flags])
+    if not args.resume:
+        return
     try:
         saved = json.loads((folder / "args.json").read_text().splitlines()[0])
     except (ValueError, IndexError):
@@ -1491,17 +1509,16 @@ def experiment(args):
     if args.subset != "all" and rows:
         rows = subset_rows(examples, rows, sets, args)
     if args.mitigation == "counterfactual" and rows:
-        count = round(args.mitigation_strength * len(rows))
-        more, dropped = encode(counterfactual_examples(sets, count, args), args, tokenizer)
+        more, dropped = encode(counterfactual_examples(
+            sets, round(args.mitigation_strength * len(rows)), args), args, tokenizer)
         rows, notes = rows + more, notes + dropped
     if args.dry_run:
         plan(rows, notes, args)
         return dry_run(model, tokenizer, rows, args)
     out_dir.mkdir(parents=True, exist_ok=True)
-    probe = {}
+    probe, masks = {}, {}
     if args.mechanism and rows:
         probe = probe_rows(model, tokenizer, examples, every_row, args)
-    masks = {}
     torch.manual_seed(args.seed)  # adapters
     if args.lora_rank and rows:
         model = add_lora(model, args)
@@ -1514,19 +1531,10 @@ def experiment(args):
     total = plan(rows, notes, args) if rows else 0
     if args.activation_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    data = hashlib.sha256()
-    for row in rows + [row for items in sets.values() for i in items for row in i["answers"]]:
-        data.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__,
-                    transformers=transformers.__version__)
-    flags = dict(vars(args), steps=total, data=data.hexdigest(), versions=versions)
-    if args.resume:
-        same_run(out_dir, flags)
-    elif args.rank == 0:
-        append(out_dir / "args.json", [flags])
+    note_flags(rows, sets, total, out_dir, args)
     print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M weights, "
           f"{args.dtype} on {args.device}, template {args.template}\n"
-          f"{', '.join(map(' '.join, versions.items()))}; files in {out_dir}\n\n{table_row()}")
+          f"{', '.join(map(' '.join, VERSIONS.items()))}; files in {out_dir}\n\n{table_row()}")
     return run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
 
 def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args):
@@ -1573,8 +1581,12 @@ def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
             signal.signal(number, handler)
     if args.save_model:
         save_model(model, tokenizer, out_dir / "model", args)
-    if args.rank:
-        return history
+    if args.rank == 0:
+        report(history, outcomes, sets, out_dir)
+    return history
+
+def report(history, outcomes, sets, out_dir):
+    """Print answers, mechanism and verdict of each set; write curve.png and summary.json."""
     for name, items in sets.items():
         show_answers(items, outcomes[name][0], outcomes[name][-1])
     curves = {name: [[line for line in history if line["set"] == name]] for name in sets}
@@ -1585,7 +1597,6 @@ def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
         print("\n" + verdict(name, lines, summaries[name]))
     draw_curve(curves, out_dir / "curve.png")
     append(out_dir / "summary.json", [summaries])  # last: it marks a run that has finished
-    return history
 
 if __name__ == "__main__":
     try:

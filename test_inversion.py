@@ -1000,8 +1000,8 @@ def test_requirements_are_those_of_the_script():
 
 def test_readme_commands_parse():
     texts = (HERE / "README.md").read_text() + inversion.__doc__
-    commands = re.findall(r"python inversion\.py((?: [^\n#`]*)?)", texts.replace("\\\n", " "))
-    assert len(commands) > 8
+    commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
+    assert len(commands) > 12 and any("--mechanism" in command for command in commands)
     for command in commands:
         inversion.parse_args(shlex.split(command))
 
