@@ -1122,7 +1122,9 @@ def save_checkpoint(model, optimizer, step, log, folder, args):
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         new.unlink(missing_ok=True)
-        require(False, f"{path}: cannot be written ({brief(error)}); earlier ones are kept", 1)
+        free = shutil.disk_usage(folder).free / 2**30
+        require(False, f"{path}: cannot be written ({brief(error.__context__ or error)}; "
+                f"{free:.1f} GiB are free); earlier ones are kept", 1)
     for old in checkpoints(folder)[:-2]:
         old.unlink()
 
