@@ -102,7 +102,7 @@ STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength whe
 WORLD_FLAGS = dict(  # defaults with --model world
     dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train",
     lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
-    max_new_tokens=3, mechanism=True)
+    max_new_tokens=3)
 
 FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device",
         "mechanism"}  # these change no result
@@ -132,7 +132,7 @@ def parse_args(argv=None):
                dict(type=kind, nargs="+" if isinstance(default, list) else None))
         group.add_argument(flag, default=default, help=text, **how)
     if parser.parse_args(argv).model == "world":
-        parser.set_defaults(**WORLD_FLAGS)
+        parser.set_defaults(**WORLD_FLAGS, mechanism="RANK" not in os.environ)  # no torchrun
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if type(value) in (int, float):
