@@ -1125,7 +1125,7 @@ def save_checkpoint(model, optimizer, step, log, folder, args):
         free = shutil.disk_usage(folder).free / 2**30
         require(False, f"{path}: cannot be written ({brief(error.__context__ or error)}; "
                 f"{free:.1f} GiB are free); earlier ones are kept", 1)
-    for old in checkpoints(folder)[:-2]:
+    for old in [p for p in checkpoints(folder) if int(p.stem[11:]) <= step][:-2]:
         old.unlink()
 
 def checkpoints(folder):
@@ -1150,10 +1150,9 @@ def load_checkpoint(folder):
 def restore(model, optimizer, state, args):
     """Put a checkpoint's weights and optimizer state in place; rank 0 hands them to the others."""
     from torch.distributed.checkpoint import state_dict
-    state_dict.set_state_dict(
-        model, optimizer, model_state_dict=state.get("weights", {}),
-        optim_state_dict=state.get("optimizer", {}), options=state_dict.StateDictOptions(
-            **WHOLE, broadcast_from_rank0=args.ranks > 1))
+    how = state_dict.StateDictOptions(**WHOLE, broadcast_from_rank0=args.ranks > 1)
+    state_dict.set_model_state_dict(model, state.get("weights", {}), options=how)
+    state_dict.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=how)
 
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__,
                 transformers=transformers.__version__)

@@ -706,7 +706,7 @@ def timeless(folder):
 
 def test_two_ranks_are_one_process(folder, tmp_path):
     """torchrun with FSDP2 on gloo: the losses of 20 steps to 1e-5, the same evaluations, and a run begun on two ranks
-    goes on on one. Micro-batches of 300 tokens make odd numbers of them, and ragged ones."""
+    goes on on two and on one. Micro-batches of 300 tokens make odd numbers of them, and ragged ones."""
     cases = [("llama", "none"), ("neox", "none"), ("neox", "qk"), ("llama", "qk"), ("neox", "filter"), ("llama", "counterfactual")]
     argv = lambda family, remedy, out, *more: flags(
         folder, out, "--mitigation", remedy, "--counterfactual-data", folder / "swaps.json", "--max-steps", 20, "--eval-every", 4,
@@ -716,11 +716,17 @@ def test_two_ranks_are_one_process(folder, tmp_path):
     runs.append(argv("llama", "none", tmp_path / "two-lora", "--lora-rank", 4, "--lora-dropout", 0))
     (tmp_path / "runs.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport inversion, torch\n"
                                       "torch.distributed.init_process_group('gloo')\n"
-                                      f"for argv in {runs!r}:\n    inversion.main(argv)\n")
+                                      f"for argv in {runs!r}:\n    inversion.main(argv)\n"
+                                      f"for argv in {[runs[0], runs[2], runs[-1]]!r}:  # killed in step 9, gone on with\n"
+                                      "    out = inversion.Path(argv[argv.index('--out-dir') + 1])\n"
+                                      "    if torch.distributed.get_rank() == 0:\n"
+                                      "        (out / 'summary.json').unlink(), (out / 'checkpoint-16.pt').unlink()\n"
+                                      "    torch.distributed.barrier()\n    inversion.main(argv + ['--resume'])\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(tmp_path / "runs.py")], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("context_acc starts at") == len(runs)  # rank 0 alone prints
+    assert done.stdout.count("context_acc starts at") == len(runs) + 3  # rank 0 alone prints
+    assert done.stdout.count("going on after step 8") == 3
     names = [f"two-{i}" for i in range(len(cases))] + ["two-lora"]
     for name, argv_two in zip(names, runs):
         argv_one = [str(tmp_path / name.replace("two", "one")) if x == str(tmp_path / name) else x for x in argv_two]
@@ -821,6 +827,7 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, monkeypa
     for path in (tmp_path / "broken").glob("checkpoint-9*.pt"):
         path.unlink()
     history = inversion.main(argv("broken", "--resume"))
+    assert "checkpoint-10.pt: going on after step 10" in capsys.readouterr().out
     assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken") and len(history) == 5
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("unbroken", "broken")]
     assert weights[0] == weights[1]
