@@ -591,9 +591,9 @@ def redundant_rows(loss, share, examples):
     found = set(list(loss)[:round(share * len(loss))])
     true = {e["id"] for e in examples if e.get("kind") == "redundant"} & set(loss)
     if found and true:
-        print(f"the {share:.0%} with the lowest context-free loss against the world's redundant "
-              f"rows: precision {len(found & true) / len(found):.3f}, recall "
-              f"{len(found & true) / len(true):.3f} ({len(loss)} rows with a context)")
+        print(f"lowest {share:.0%} of {len(loss)} context-free losses against the world's "
+              f"redundant rows:\n  precision {len(found & true) / len(found):.3f}, recall "
+              f"{len(found & true) / len(true):.3f}")
     return found
 
 def filter_rows(model, tokenizer, examples, rows, args):
@@ -1272,7 +1272,7 @@ def verdict(name, lines, summary):
                     "." if summary["verdict"] == "inversion" else f" ({last['n']} items could show "
                     f"a drop of {summary['smallest_drop']:.3f})." if summary["smallest_drop"] < 1
                     else f" ({last['n']} items are too few)."))
-    return text + (f"\n  From the peak to the end: {', '.join(controls)}." if controls else "")
+    return text + (f"\n  From the peak on: {', '.join(controls)}." if controls else "")
 
 def show_answers(items, first, last):
     """Print what the model said about ten items in the first and in the last evaluation."""
@@ -1291,11 +1291,11 @@ def show_mechanism(lines, peak_step):
         lines[-1]["step"]: lines[-1]}
     print(f"\n{lines[0]['set']}: push of each kind on context reliance (> 0 raises it), share of "
           "attention on\nthe context, and m_c = p(context) / (p(context) + p(parametric)):")
-    keys = kinds + ["attention", "m_c"]
-    print("  step", *(f"{key:>14}" for key in keys))
+    form = {key: (14, "+.4f") for key in kinds} | {"attention": (9, ".3f"), "m_c": (6, ".3f")}
+    print("  step", *(key.rjust(width) for key, (width, _) in form.items()))
     for step, line in lines.items():
-        print(f"{step:>6}", *("-".rjust(14) if line[key] is None else f"{line[key]:>+14.4f}"
-                              if key in kinds else f"{line[key]:>14.3f}" for key in keys))
+        print(f"{step:>6}", *(("-" if line[key] is None else format(line[key], how)).rjust(width)
+                              for key, (width, how) in form.items()))
 
 def draw_curve(curves, path):
     """Draw context_acc over the steps for {label: [lines of metrics.jsonl, a list per run]}, with
