@@ -16,7 +16,7 @@ causal LM, asks it questions with counterfactual contexts every few steps, and d
     python inversion.py --compare runs/none runs/filter                      # one table, one figure
 
 Read it top to bottom: flags, data, the world, mitigations, evaluation, statistics, mechanism,
-training, report, main. Two plain records carry everything, whatever the source:
+training, large models, report, main. Two plain records carry everything, whatever the source:
     example   {id, context, instruction, response} (single turn) or {id, messages} (chat)
     conflict  {id, context, question, context_answers, parametric_answers, group}
 """
