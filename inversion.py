@@ -104,8 +104,8 @@ WORLD_FLAGS = dict(  # defaults with --model world
     lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
     max_new_tokens=3)
 
-FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device",
-        "mechanism"}  # these change no result
+FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device"}  # these
+# flags make no other run
 
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
@@ -581,7 +581,7 @@ def context_free_loss(model, tokenizer, examples, rows, args):
     bare = [e for e in map(without_context, examples) if e and e["id"] in ids]
     bare, _ = encode(bare, args, tokenizer)
     with gathered(model.eval(), args):
-        scores = zip(bare, share(lambda rows: target_logprobs(model, rows, args), bare, args))
+        scores = zip(bare, share_out(lambda rows: target_logprobs(model, rows, args), bare, args))
     loss = {row["id"]: -total / n for row, (total, n) in scores}
     return {i: loss[i] for i in sorted(loss, key=loss.get)}
 
@@ -759,9 +759,9 @@ def evaluate(model, tokenizer, items, args):
     try:
         prompts = [item["prompt"] for item in items] + [i["closed_book_prompt"] for i in conflicts]
         with gathered(model, args), autocast(args):
-            texts = share(lambda some: generate(model, tokenizer, some, args), prompts, args)
-            logps = share(lambda rows: target_logprobs(model, rows, args),
-                          [row for item in conflicts for row in item["answers"]], args)
+            texts = share_out(lambda some: generate(model, tokenizer, some, args), prompts, args)
+            logps = share_out(lambda rows: target_logprobs(model, rows, args),
+                              [row for item in conflicts for row in item["answers"]], args)
     finally:
         model.train(was_training)
     closed, logps = iter(texts[len(items):]), iter(logps)
@@ -853,11 +853,12 @@ def summarise(lines, evaluations):
     (low, high), peak = drops[1:].quantile(LEVEL).tolist(), int(hits.sum(1).argmax())
     context = [[o["context"] for o in e] for e in evaluations]
     smallest = max(6 / items.sum().item(), (high - low) / 2)
+    name = "inversion" if any(o["conflict"] for o in evaluations[0]) else "drop"  # SQuAD: a control
     return dict(start=lines[0]["context_acc"], peak=lines[peak]["context_acc"],
                 peak_step=lines[peak]["step"], final=lines[-1]["context_acc"],
                 drop=drops[0].item(), drop_low=low, drop_high=high, smallest_drop=smallest,
                 mcnemar_p=mcnemar(context[peak], context[-1]),
-                verdict="inversion" if low > 0 and len(items) >= 6 else "no inversion shown")
+                verdict=name if low > 0 and len(items) >= 6 else f"no {name} shown")
 
 # ------------------------------------------------------------------------ mechanism (section 5)
 PROBE = 160  # rows per kind, and conflicts, that it is measured on
@@ -1077,8 +1078,8 @@ def gathered(model, args):
             unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
 
-def share(work, items, args):
-    """work(items), each rank doing every so-manieth item; all get all results, in order."""
+def share_out(work, items, args):
+    """work(items), rank r doing items r, r + ranks, ...; all get all results, in order."""
     if args.ranks == 1:
         return work(items)
     found = [None] * args.ranks
@@ -1263,15 +1264,14 @@ def verdict(name, lines, summary):
     controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in CONTROLS if key in last]
     text = f"{name}: context_acc {last['context_acc']:.3f} [{low:.3f}, {high:.3f}]."
     if len(lines) > 1:
+        hint = (f" ({last['n']} items could show a drop of {summary['smallest_drop']:.3f})"
+                if summary["smallest_drop"] < 1 else f" ({last['n']} items are too few)")
         text = (f"{name}: context_acc starts at {summary['start']:.3f}, peaks at "
                 f"{summary['peak']:.3f} (step {summary['peak_step']}) and ends at "
                 f"{summary['final']:.3f} (step {last['step']}).\n  Drop, the peak chosen on other "
                 f"items: {summary['drop']:.3f} [{summary['drop_low']:.3f}, "
                 f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}.\n  Verdict: "
-                f"{summary['verdict']}" + (
-                    "." if summary["verdict"] == "inversion" else f" ({last['n']} items could show "
-                    f"a drop of {summary['smallest_drop']:.3f})." if summary["smallest_drop"] < 1
-                    else f" ({last['n']} items are too few)."))
+                f"{summary['verdict']}{hint * summary['verdict'].startswith('no ')}.")
     return text + (f"\n  From the peak on: {', '.join(controls)}." if controls else "")
 
 def show_answers(items, first, last):
@@ -1297,15 +1297,14 @@ def show_mechanism(lines, peak_step):
         print(f"{step:>6}", *(("-" if line[key] is None else format(line[key], how)).rjust(width)
                               for key, (width, how) in form.items()))
 
-def draw_curve(curves, path):
+def draw_curve(curves, path, single=False):
     """Draw context_acc over the steps for {label: [lines of metrics.jsonl, a list per run]}, with
-    its 95% interval or each run behind the mean; for one run also parametric_acc and a panel with
-    the mechanism. Needs matplotlib."""
+    its 95% interval or each run behind the mean; of a single run also parametric_acc and a panel
+    with the mechanism. Needs matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    single = path.name == "curve.png"
     keys = set().union(*(runs[0][0] for runs in curves.values() if "attention" in runs[0][0]))
     inside = [key for key in ("critical_cosine", "redundant_cosine", "recall_cosine", "attention",
                               "m_c") if single and key in keys]
@@ -1359,7 +1358,7 @@ def load_run(folder):
             {line.get("set") for line in lines} == set(summary),
             f"--compare {folder}: is no run of this script")
     setting = {key: value for key, value in flags.items() if key not in FREE | {
-        "seed", "data", "versions", "steps"}}
+        "mechanism", "seed", "data", "versions", "steps"}}
     runs = []
     for name, numbers in summary.items():
         mine = [line for line in lines if line["set"] == name]
@@ -1555,7 +1554,7 @@ def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
                 continue
             outcomes[name].append(found)
             inside = (mechanism(model, tokenizer, items, probe, masks, args)
-                      if args.mechanism and found[0]["conflict"] else {})
+                      if args.mechanism and any(o["conflict"] for o in found) else {})
             history.append(dict(step=step, set=name, **rates(found), **inside, **log,
                                 seconds=round(time.perf_counter() - began, 2)))
             tqdm.write(table_row(history[-1]))
@@ -1596,7 +1595,7 @@ def report(history, outcomes, sets, out_dir):
         if "attention" in lines[0]:
             show_mechanism(lines, summaries[name]["peak_step"])
         print("\n" + verdict(name, lines, summaries[name]))
-    draw_curve(curves, out_dir / "curve.png")
+    draw_curve(curves, out_dir / "curve.png", single=True)
     append(out_dir / "summary.json", [summaries])  # last: it marks a run that has finished
 
 if __name__ == "__main__":

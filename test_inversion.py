@@ -511,6 +511,16 @@ def test_sets_without_conflict_and_limits(folder, tmp_path, capsys):
                                    "--eval-limit", 4, "--num-examples", 8, "--epochs", 0.5, "--max-steps", 99))
     assert [line["n"] for line in history] == [4, 4, 4, 4] and "margin" not in history[0] and "margin" in history[1]
     assert "steps: 1 of 8 rows (1 per epoch)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (found["squad"]["verdict"], found["conflicts"]["verdict"]) == ("no drop shown", "no inversion shown")
+
+
+def test_mechanism_does_not_hang_on_the_first_item(folder, tmp_path):
+    """The first item has no memorised answer that counts (its question holds it): the others are conflicts all the same."""
+    items = [dict(CONFLICTS[0], question="What is the capital of France, once Paris?")] + CONFLICTS[1:]
+    (tmp_path / "c.json").write_text(json.dumps(items))
+    history = inversion.main(flags(folder, tmp_path / "run", "--eval-set", tmp_path / "c.json", "--mechanism"))
+    assert all("critical_push" in line and "attention" in line for line in history)
 
 
 # ------------------------------------------------------------------- mechanism, subsets, statistics
@@ -841,6 +851,7 @@ def test_resume_refuses_what_would_be_another_run(folder, tmp_path, capsys):
     out = tmp_path / "run"
     inversion.main(flags(folder, out, "--checkpoint-every", 2))
     for more, message in (([], "has finished"), (["--lr", 0.5, "--seed", 3], "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)"),
+                          (["--mechanism"], "another run with --mechanism True (was None)"),
                           (["--dataset", folder / "other.json"], "another run with --dataset"), (["--out-dir", folder], "holds no run")):
         (folder / "other.json").write_text(json.dumps(ALPACA_ROWS[:20]))
         with pytest.raises(SystemExit):
