@@ -1195,8 +1195,8 @@ def rewind(folder, state, sets):
     outcomes = {name: [] for name in sets}
     for (_, name), said in itertools.groupby(found["generations.jsonl"],
                                              lambda line: (line["step"], line["set"])):
-        outcomes[name].append([dict(o, context=o["cell"] in ("context_only", "both"))
-                               for o in said])
+        outcomes[name].append([dict(o, context=o["cell"] in ("context_only", "both"),
+                                    conflict=o["closed_book_text"] is not None) for o in said])
         for item, o in zip(sets[name], outcomes[name][0]):
             item["known"] = o["known"]
     return found["metrics.jsonl"], outcomes
