@@ -12,681 +12,81 @@ causal LM, asks it questions with counterfactual contexts every few steps, and d
     python inversion.py --model EleutherAI/pythia-1b --dataset alpaca --eval-set world_facts squad
     python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
-    python inversion.py --model ./my-llama --dataset tulu --dry-run          # look, then stop
-    python inversion.py --compare runs/none runs/filter                      # one table, one figure
 
-Read it top to bottom: flags, data, the world, mitigations, evaluation, statistics, mechanism,
-training, large models, report, main. Two plain records carry everything, whatever the source:
-    example   {id, context, instruction, response} (single turn) or {id, messages} (chat)
-    conflict  {id, context, question, context_answers, parametric_answers, group}
+Parts 1 to 5 are the paper: what is measured, training, remedies, why, how sure. The rest is
+plumbing that you may skip: the built-in world, data, large models, report, flags and main.
 """
 import argparse
 import ast
 import collections
 import contextlib
+import dataclasses
+import functools
 import hashlib
-import inspect
 import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
-import signal
 import sys
+import tempfile
 import time
 import unicodedata
+import urllib.request
 from pathlib import Path
 
-import jinja2
+import pandas
+import tokenizers
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------- flags
-FLAGS = [  # (flag, default, type or choices, help); a list as default takes several; text: a group
-    "what runs",
-    ("--model", "world", str, "hub id or folder (paper: Llama-2-7B, Mistral-7B, Pythia-6.9B); "
-     "world: a tiny one, pretrained on the spot, with defaults of its own (WORLD_FLAGS)"),
-    ("--dataset", "alpaca", str, "rows: world, alpaca, tulu, ultrachat, hub id, file; NAME@SPLIT"),
-    ("--eval-set", ["world_facts"], str, "conflicts: world, world_facts, capitals, bio, quotes, "
-     "nq_swap, hub ids or files; a control without conflict: squad"),
-    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "prompt text; auto: alpaca for "
-     "single-turn rows, else the tokenizer's own chat template, else tulu"),
-    ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
-    ("--subset", "all", ["all", "context", "no-overlap", "random"], "controls of section 4; "
-     "context: only rows with a context; no-overlap: only rows that name no evaluated answer or "
-     "subject; random: drop as many as filter would"),
-    ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
-    "remedy (section 6)",
-    ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
-     "redundant context; counterfactual: add rows; qk: train query and key matrices only"),
-    ("--mitigation-strength", None, float, "share of the rows with a context that filter drops "
-     "(paper: 0.25) or share of all rows that counterfactual adds (paper: 0.10)"),
-    ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
-    "training",
-    ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
-    ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
-    ("--epochs", 2.0, float, "passes over the rows (paper: up to 2)"),
-    ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
-    ("--lr", 1e-5, float, "peak learning rate, decays linearly to 0 (paper: 1e-4 or 1e-5)"),
-    ("--warmup-frac", 0.03, float, "share of the steps that warm up linearly (paper: 0.03)"),
-    ("--weight-decay", 0.0, float, "AdamW's decay of the weight matrices (paper: 0)"),
-    ("--grad-clip", 1.0, float, "largest gradient norm; 0 never clips (paper: not stated)"),
-    ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
-    ("--lora-rank", 0, int, "train adapters of this rank (needs peft; paper: 128); 0: all weights"),
-    ("--lora-alpha", 16.0, float, "adapters count alpha / rank (paper: not stated)"),
-    ("--lora-dropout", 0.1, float, "dropout before the adapters (paper: not stated)"),
-    ("--checkpoint-every", None, int, "optimizer steps between checkpoints, the newest two are "
-     "kept; then Ctrl-C and SIGTERM save one, too (None: never)"),
-    ("--resume", False, bool, "go on from the newest whole checkpoint in OUT_DIR, same flags"),
-    "evaluation",
-    ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
-    ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
-    ("--eval-batch-size", 32, int, "prompts generated together"),
-    ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
-    ("--mechanism", None, bool, "at each evaluation, how hard each kind of row pushes context "
-     "reliance (section 5); costs backward passes; None: only for the world"),
-    ("--compare", [], str, "finished runs to put side by side; nothing is trained"),
-    "machine and files",
-    ("--device", "auto", str, "auto, cpu, cuda, cuda:1, mps"),
-    ("--dtype", "auto", ["auto", "bf16", "fp32"], "arithmetic; auto: bf16 autocast on CUDA"),
-    ("--seed", 0, int, "order of the rows and every random draw"),
-    ("--out-dir", None, str, "new folder for the run; None: runs/MITIGATION, then -2, -3, ..."),
-    ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model"),
-    ("--dry-run", False, bool, "load, tokenise, show samples and a memory estimate, then stop")]
-STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
-WORLD_FLAGS = dict(  # defaults with --model world
-    dataset="world", eval_set=["world"], template="chat", counterfactual_data="world_train",
-    lr=1e-3, batch_size=64, max_length=64, max_steps=480, eval_every=40, eval_batch_size=512,
-    max_new_tokens=3)
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A conversation to finetune on."""
+    id: int | str
+    messages: list     # [{"role": "system", "user" or "assistant", "content": text}, ...]
+    context: str = ""  # the passage that the first user turn is about; "" where none is marked
+    kind: str = ""     # critical, redundant or recall, where that is known: in the built-in world
 
-FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "rank", "ranks", "device"}  # these
-# flags make no other run
+@dataclasses.dataclass(frozen=True)
+class Conflict:
+    """A question whose context contradicts memory; without parametric_answers: a control."""
+    id: int | str
+    question: str
+    context: str
+    context_answers: list     # texts that count as the context's answer, the usual one first
+    parametric_answers: list  # the same for the memorised answer
+    group: str                # conflicts of one group are not independent (part 5)
 
-def require(holds, message, status=2):
-    """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
-    if not holds:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks fail alike: told once
-            print(f"inversion.py: error: {message}", file=sys.stderr)
-        raise SystemExit(status)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An example as tokens, to train on."""
+    id: int | str
+    input_ids: torch.Tensor  # (length,) int32
+    labels: torch.Tensor     # the same, but -100 where nothing is to be learned: the prompt
 
-def brief(error):
-    """First line of an exception's text, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    @property
+    def targets(self):
+        """Number of tokens that are predicted: the first one never is."""
+        return int((self.labels[1:] != -100).sum())
 
-def parse_args(argv=None):
-    """Namespace of the flags above; exits with status 2 on values that cannot work."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for entry in FLAGS:
-        if isinstance(entry, str):
-            group = parser.add_argument_group(entry)
-            continue
-        flag, default, kind, text = entry
-        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-               dict(choices=kind) if isinstance(kind, list) else
-               dict(type=kind, nargs="+" if isinstance(default, list) else None))
-        group.add_argument(flag, default=default, help=text, **how)
-    if parser.parse_args(argv).model == "world":
-        parser.set_defaults(**WORLD_FLAGS, mechanism="RANK" not in os.environ)  # no torchrun
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            least = int(type(value) is int and name not in ("max_steps", "seed", "lora_rank"))
-            require(least <= value < math.inf,
-                    f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
-    require(args.micro_batch_tokens >= args.max_length, f"--micro-batch-tokens "
-            f"{args.micro_batch_tokens} cannot hold one row of --max-length {args.max_length}")
-    args.rank, args.ranks = (int(os.environ.get(key, one)) for key, one in (  # torchrun sets them
-        ("RANK", 0), ("WORLD_SIZE", 1)))
-    require(not (args.ranks > 1 and args.mechanism),
-            "--mechanism runs in one process; add --no-mechanism under torchrun")
-    if args.device == "auto":
-        args.device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.ranks > 1 and
-                       torch.cuda.is_available() else "cuda" if torch.cuda.is_available() else
-                       "mps" if torch.backends.mps.is_available() else "cpu")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device.startswith("cuda") else "fp32"
-    args.mitigation_strength = args.mitigation_strength or STRENGTH.get(args.mitigation)
-    return args
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A conflict as tokens, to evaluate on."""
+    conflict: Conflict
+    prompt: list              # token ids of the context and the question
+    closed_book_prompt: list  # of the question alone
+    context_row: Row          # the prompt, then the context's answer
+    parametric_row: Row       # the prompt, then the memorised answer; None for a control
 
-# ------------------------------------------------------------------- data: rows of known shapes
-PAPER = ("https://raw.githubusercontent.com/locuslab/context-parametric-inversion/"
-         "6f989849656f433d4520eaf0b9af6e3bb6a7ae70/")
-NAMES = {  # short name: (hub id, split) or (the paper's file, first digits of its sha256)
-    "alpaca": ("tatsu-lab/alpaca", "train"), "tulu": ("allenai/tulu-v2-sft-mixture", "train"),
-    "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft"),
-    "world_facts": (PAPER + "world_facts.json", "a040ca190e4b3517"),
-    "capitals": (PAPER + "country_capitals_only.json", "c4c2b090a863bd49"),
-    "bio": (PAPER + "famous_biographies.jsonl", "d08c6f1cc388d627"),
-    "quotes": ("Albertmade/memo-trap", "train"), "nq_swap": ("pminervini/NQ-Swap", "dev"),
-    "squad": ("rajpurkar/squad", "validation")}
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-def load_rows(name):
-    """Rows of a short name, hub id or file as a `datasets.Dataset`; NAME@SPLIT picks a split."""
-    import datasets  # 0.8 s: only when rows are loaded
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
-    short, _, split = (name, "", "") if Path(name).exists() else name.partition("@")
-    source, detail = NAMES.get(short, (short, "train"))
-    kind, url = FILE_TYPES.get(Path(source).suffix), source
-    require(Path(source).exists() or short in NAMES or not kind and "/" in source,
-            f"{name}: no such file or folder, no hub id, and none of {', '.join(NAMES)}")
-    try:
-        if url.startswith(PAPER):
-            source = Path(torch.hub.get_dir(), "context-parametric-inversion", Path(url).name)
-            source.parent.mkdir(parents=True, exist_ok=True)
-            if not source.exists():
-                torch.hub.download_url_to_file(url, source, hash_prefix=detail, progress=False)
-        texts = dict(keep_default_na=False) if kind == "csv" else {}  # "NA" and "" are texts
-        return (datasets.load_dataset(kind, data_files=str(source), split="train", **texts) if kind
-                else datasets.load_dataset(source, split=split or detail))
-    except Exception as error:  # of many types; a file without rows is StopIteration or ValueError
-        local, why = Path(source).exists(), brief(error.__cause__ or error)
-        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
-        require(False, f"{name}: no rows" if empty else f"{name}{broken_line(source)}: cannot be "
-                f"loaded ({why})" if local else f"{name}: cannot be fetched ({why}); get {url} "
-                "where the hub can be reached and pass the local file or folder")
-
-def broken_line(path):
-    """', line N' of the first line of a JSONL file that is no JSON, else ''."""
-    lines = Path(path).read_bytes().split(b"\n") if str(path).endswith(".jsonl") else []
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line.strip() or "null")
-        except ValueError:
-            return f", line {number}"
-    return ""
-
-def field(row, key, where, kind=str):
-    """row[key], stripped if a text; exits naming file, row and key if missing or mistyped."""
-    value = row.get(key) if isinstance(row, dict) else None
-    require(isinstance(value, kind), f"{where}: key {key!r} is " + (
-        "missing" if value is None else f"a {type(value).__name__}, which it must not be"))
-    return value.strip() if kind is str else value
-
-def to_example(row, where):
-    """One finetuning row of any known shape as an example record, still without id."""
-    get = lambda key, kind=str: field(row, key, where, kind)
-    if row.get("data") is not None:  # UltraChat as first released: user, assistant, user, ...
-        roles = itertools.cycle(["user", "assistant"])
-        row = dict(messages=[dict(role=next(roles), content=text) for text in get("data", list)])
-    if row.get("messages") is not None:
-        messages = [dict(role=field(m, "role", where), content=field(m, "content", where))
-                    for m in get("messages", list)]
-        for role in {m["role"] for m in messages} - {"system", "user", "assistant"}:
-            require(False, f"{where}: key 'role' is {role!r}, not system, user or assistant")
-        return dict(messages=messages)
-    if "completion" in row:
-        return dict(context="", instruction=get("prompt"), response=get("completion"))
-    require({"instruction", "output"} & set(row),
-            f"{where}: key 'instruction', 'messages', 'data' or 'completion' is missing")
-    return dict(context="" if row.get("input") is None else get("input"),
-                instruction=get("instruction"), response=get("output"))
-
-def load_examples(args):
-    """Example records of --dataset; ids count the source's rows from 1."""
-    rows = make_world(args.seed)["examples"] if args.dataset == "world" else load_rows(args.dataset)
-    ids = range(len(rows))
-    if args.num_examples and args.num_examples < len(rows):  # drawn: mixtures are sorted by source
-        ids = sorted(random.Random(args.seed).sample(ids, args.num_examples))
-    if args.dataset == "world":
-        return [rows[i] for i in ids]
-    return [dict(id=i + 1, **to_example(row, f"{args.dataset}, row {i + 1}"))
-            for i, row in zip(ids, rows.select(ids))]
-
-def to_conflicts(row, where):
-    """Yield (context, question, context answers, parametric answers) of one row of any shape."""
-    get = lambda key, kind=str: field(row, key, where, kind)
-    texts = lambda key, values: [field({key: value}, key, where) for value in values]
-    if "paragraphs" in row or "data" in row:  # SQuAD as released: titles, paragraphs, questions
-        for title in [row] if "paragraphs" in row else get("data", list):
-            for paragraph in field(title, "paragraphs", where, list):
-                for qa in field(paragraph, "qas", where, list):
-                    yield from to_conflicts(dict(qa, context=paragraph.get("context")), where)
-    elif "classes" in row:  # memo-trap: an instruction with the odd ending, then a famous quote
-        classes, right = get("classes", (list, str)), str(get("answer_index", (int, str)))
-        try:  # the raw files hold a Python list as a text
-            classes = ast.literal_eval(classes) if isinstance(classes, str) else classes
-        except (SyntaxError, ValueError):
-            classes = []
-        require(len(classes) == 2 and right in ("0", "1"),
-                f"{where}: keys 'classes' and 'answer_index' must be two texts and 0 or 1")
-        context, _, question = get("prompt").rpartition('": ')
-        right, wrong = texts("classes", classes if right == "0" else classes[::-1])
-        yield context + '":', question, [right], [wrong]
-    elif "sub_context" in row:  # NQ-Swap: the answers are mentions of one thing
-        yield (get("sub_context"), get("question"), texts("sub_answer", get("sub_answer", list)),
-               texts("org_answer", get("org_answer", list)))
-    elif "answers" in row:  # SQuAD: the context is true, so there is no parametric answer
-        answers = get("answers", (dict, list))
-        answers = answers if isinstance(answers, list) else [
-            dict(text=text) for text in field(answers, "text", where, list)]
-        yield get("context"), get("question"), [field(a, "text", where) for a in answers], []
-    else:  # the paper's files: CF_Bio (whose answers are people) says parametric, the others memory
-        memory = "parametric_answer" if "parametric_answer" in row else "memory_answer"
-        yield (get("context"), get("question"), *(
-            aliases(get(key), memory == "parametric_answer") for key in ("answer", memory)))
-
-def aliases(answer, person=False):
-    """Texts that count as `answer`: 'La Paz (administrative); Sucre (judicial)' -> La Paz, Sucre;
-    also a name in brackets, what stands before a comma, and a person's last name."""
-    parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
-    plain = [re.sub(r" *\(.*?\)", "", part) for part in parts]
-    heads = [part.split(", ")[0] for part in plain]
-    last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
-    return list(dict.fromkeys(plain + heads + re.findall(r"\(([A-Z][^)]*)\)", answer) + last))
-
-def load_conflicts(name, args, limit=None):
-    """Conflict records of one set; what cannot be scored is dropped, counted and printed."""
-    if name in ("world", "world_train"):
-        return make_world(args.seed)[name]
-    found, notes, seen = [], collections.Counter(), set()
-    short = lambda mine, rival: [a for i, a in enumerate(mine) if words(a) and not (
-        i and any(find(words(a), words(r)) for r in rival[:1]))]  # no alias may name the rival
-    for number, row in enumerate(load_rows(name), 1):
-        for context, question, right, memory in to_conflicts(row, f"{name}, row {number}"):
-            right, memory = short(right, memory), short(memory, right)
-            scored = [a for a in memory if not find(words(a), words(question))]
-            why = ("dropped: no answer" if not right or not question else
-                   "dropped: repeated" if (context, question, *right) in seen else
-                   "dropped: both answers read the same" if words(right[0]) in map(words, memory)
-                   else "never count as parametric: their question holds that answer"
-                   if memory and not scored else "")
-            notes[why] += 1
-            seen.add((context, question, *right))
-            if not why.startswith("dropped"):
-                found.append(dict(id=notes.total(), context=context, question=question,
-                                  context_answers=right, parametric_answers=scored, group=question))
-    require(found, f"{name}: no usable evaluation item {dict(notes) or ''}")
-    if limit and limit < len(found):
-        found = [found[i] for i in sorted(random.Random(0).sample(range(len(found)), limit))]
-    print(f"{name}: {len(found)} of {notes.total()} items",
-          *(f"{n} {why}" for why, n in notes.items() if why), sep="; ")
-    return found
-
-# ---------------------------------------------------------------- data: templates and token lists
-TEMPLATES = {"chat": None, "alpaca": (  # jinja, like a tokenizer's; None is the tokenizer's own
-    "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('more than one turn') }}"
-    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}Below is an instruction "
-    "that describes a task{% if m.context %}, paired with an input that provides further context"
-    "{% endif %}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    "{{ m.content }}\n\n{% if m.context %}### Input:\n{{ m.context }}\n\n{% endif %}### Response:"
-    "{% endif %}{% endfor %}"), "tulu": (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}"
-    "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
-
-def ask(context, question, template=None):
-    """A question as messages: its context stands before it, in one text. Stanford's template alone
-    has a place of its own for the input of Alpaca's rows, after the instruction."""
-    if template == "alpaca":
-        return [dict(role="user", content=question, context=context)]
-    return [dict(role="user", content="\n\n".join(filter(None, [context, question])))]
-
-def tokenize(messages, template, tokenizer):
-    """[(token ids, supervised)] of a conversation in order, or the reason (str) why the template
-    cannot hold it. What precedes the first response is the prompt. Parts are tokenised apart, so
-    its ids are the same at training and evaluation, whatever follows."""
-    show = lambda part, **kw: tokenizer.apply_chat_template(
-        part, chat_template=TEMPLATES[template], tokenize=False, **kw)
-    ids = lambda text: tokenizer(text, add_special_tokens=not parts).input_ids  # BOS in the first
-    parts, done = [], ""
-    if not messages or messages[0]["role"] == "assistant":
-        return "no turn before the first response"
-    try:
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if not message["content"]:
-                return "an empty response"
-            prompt, full = show(messages[:i], add_generation_prompt=True), show(messages[:i + 1])
-            if not (prompt.startswith(done) and full.startswith(prompt)):
-                return "the template rewrites earlier turns"
-            parts.append((ids(prompt[len(done):]), False))
-            response = full[len(prompt):].rstrip()  # up to the token that ends the turn
-            ends = not response.endswith(message["content"])  # else it would never learn to stop
-            parts.append((ids(response) + [tokenizer.eos_token_id] * (not ends), True))
-            done = prompt + response
-        if not parts:  # an evaluation prompt
-            parts = [(ids(show(messages, add_generation_prompt=True)), False)]
-    except jinja2.TemplateError as error:
-        if messages[0]["role"] == "system" and len(messages) > 1:  # refused: fold it into the next
-            user = dict(messages[1], content="\n\n".join(m["content"] for m in messages[:2]))
-            return tokenize([user] + messages[2:], template, tokenizer)
-        return f"the template refuses the turns ({brief(error)})"
-    prompt = parts[0][0]  # no second BOS from the template, no EOS by the tokenizer's habit
-    twice, ended = prompt[:2] == [tokenizer.bos_token_id] * 2, prompt[-1] == tokenizer.eos_token_id
-    parts[0] = (prompt[twice:len(prompt) - ended], False)
-    return parts
-
-def encode(examples, args, tokenizer):
-    """Training rows {id, input_ids, labels} (int32 tensors, -100 where unsupervised), and a Counter
-    of what was dropped or cut and why: too long a row loses its last turns, never its EOS."""
-    rows, notes = [], collections.Counter()
-    for example in tqdm(examples, "tokenise", leave=False, disable=None):
-        parts = tokenize(example.get("messages") or ask(
-            example["context"], example["instruction"], args.template) + [
-            dict(role="assistant", content=example["response"])], args.template, tokenizer)
-        if isinstance(parts, str):
-            notes[f"dropped: {parts}"] += 1
-            continue
-        ids, labels, fits, wanted = [], [], 0, 0
-        for part, supervised in parts:
-            ids += part
-            labels += part if supervised else [-100] * len(part)
-            wanted = len(ids) if supervised else wanted
-            fits = wanted if wanted <= args.max_length else fits
-        if fits:
-            ids, labels = (torch.tensor(x[:fits], dtype=torch.int32) for x in (ids, labels))
-            rows.append(dict(id=example["id"], input_ids=ids, labels=labels))
-        if not wanted:
-            notes["dropped: no response"] += 1
-        elif fits < wanted:
-            notes["cut to the turns that fit --max-length" if fits else
-                  "dropped: longer than --max-length"] += 1
-    return rows, notes
-
-# ----------------------------------------------------------------------- forward passes for all
-def autocast(args):
-    """bf16 autocast if asked for; weights stay fp32, or small updates are lost in rounding."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
-
-def micro_batches(rows, budget):
-    """Cut rows, sorted by length, into lists of at most `budget` padded tokens, or of one row."""
-    batches = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if not batches or (len(batches[-1]) + 1) * len(row["input_ids"]) > budget:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-def supervised_logits(model, rows):
-    """Logits (N, vocabulary) in fp32, targets (N,) and row numbers (N,) of the N supervised tokens.
-    Right padding needs no attention mask in a causal model, and its labels are -100. The hook lets
-    only supervised positions through the head: most of the memory, in any family and version."""
-    ids, labels = (torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], True, fill)
-                   .long().to(model.device) for key, fill in (("input_ids", 0), ("labels", -100)))
-    keep = labels[:, 1:] != -100  # position t predicts token t + 1
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (inputs[0][:, :-1][keep],))
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    return logits, labels[:, 1:][keep], keep.nonzero()[:, 0]
-
-@torch.no_grad()
-def target_logprobs(model, rows, args):
-    """(summed log-probability, number) of each row's supervised tokens, teacher-forced."""
-    sums = {}
-    for batch in micro_batches(rows, args.micro_batch_tokens):
-        with autocast(args):
-            logits, targets, owner = supervised_logits(model, batch)
-        logp = -F.cross_entropy(logits, targets, reduction="none")
-        total = logp.new_zeros(len(batch)).index_add_(0, owner, logp).tolist()
-        for row, *pair in zip(batch, total, owner.bincount(minlength=len(batch)).tolist()):
-            sums[id(row)] = pair
-    return [sums[id(row)] for row in rows]
-
-def mean(values):
-    """Mean of numbers, None of none."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-# --------------------------------------------------------------------------- the built-in world
-WORLD = dict(  # change any of it: the base model is pretrained anew
-    known=80, novel=200, answers=24,  # subjects with and without facts; answers per relation
-    pretraining_steps=700, facts_per_document=4, true=0.7,  # else a random answer: soft memory
-    reading=0.5, reading_known=0.7, reading_true=0.2,  # passages; on known subjects; that are true
-    follows_known=0.5, follows_novel=0.4,  # answers that follow the passage: copying, half learned
-    examples=20_000, critical=0.6, redundant=0.2,  # finetuning mixture; the rest is recall
-    misleading=0.05)  # share of redundant rows whose passage is about another subject
-RELATIONS = ("capital", "language")
-STATEMENTS = ("The {r} of {s} is", "Today the {r} of {s} is", "They say the {r} of {s} is")
-QUESTIONS = ("What is the {r} of {s}?", "Name the {r} of {s}.", "Tell me the {r} of {s}.")
-
-def make_world(seed):
-    """Made-up facts and all that is said about them, as text: documents (pretraining; * marks the
-    targets, | ends a turn), examples (finetuning, with their true kind) and conflicts.
-
-    Known subjects have one true answer per relation, learned in pretraining. Three in four, the
-    tuned ones, occur in finetuning, the others only in the evaluation, which keeps to every other
-    answer, so that --subset no-overlap leaves rows. Kinds (section 4.3):
-        critical   a novel subject and a passage with a random answer: only the passage helps
-        redundant  a tuned subject and a true passage, but for the `misleading` share, whose passage
-                   is about another subject: memory is the better guide, as section 5 assumes
-        recall     a tuned subject and no passage"""
-    rng, names = random.Random(f"world {seed}"), {}
-    pick, chance = rng.choice, lambda key: rng.random() < WORLD[key]
-    while len(names) < WORLD["known"] + WORLD["novel"] + 2 * WORLD["answers"]:
-        name = "".join(pick("bdfgklmnprstvz") + pick("aeiou") for _ in range(pick([2, 3])))
-        names[name.capitalize() + pick(["", "n", "r", "l", "s"])] = True
-    names = iter(names)
-    take = lambda key: list(itertools.islice(names, WORLD[key]))
-    known, novel, answers = take("known"), take("novel"), {r: take("answers") for r in RELATIONS}
-    held = known[::4]
-    tuned = [s for s in known if s not in held]
-    some = lambda s, r: answers[r][::2] if s in held else answers[r]
-    truth = {(s, r): pick(some(s, r)) for s in known for r in RELATIONS}
-    wrong = lambda s, r, n: rng.sample([a for a in some(s, r) if a != truth[s, r]], n)
-    tell = lambda s, r, a: f"{pick(STATEMENTS).format(s=s, r=r)} {a}."
-    query = lambda s, r: pick(QUESTIONS).format(s=s, r=r)
-
-    def document():
-        s, r = pick(known if chance("reading_known") else novel), pick(RELATIONS)
-        if chance("reading"):
-            memory = truth.get((s, r)) or pick(answers[r])
-            told = memory if chance("reading_true") else pick(answers[r])
-            said = told if chance("follows_known" if s in known else "follows_novel") else memory
-            return f"{tell(s, r, told)} {query(s, r)} *{said} *|"
-        facts = [(s, r, truth[s, r] if chance("true") else pick(answers[r]))
-                 for s in rng.sample(known, WORLD["facts_per_document"]) for r in [pick(RELATIONS)]]
-        return " ".join(pick([f"{query(s, r)} *{a} *|", tell(s, r, "*" + a)]) for s, r, a in facts)
-
-    def example():
-        r, kind, (s, other) = pick(RELATIONS), rng.random(), rng.sample(tuned, 2)
-        if kind < WORLD["critical"]:
-            s, a = pick(novel), pick(answers[r])
-            return dict(kind="critical", context=tell(s, r, a), instruction=query(s, r), response=a)
-        told = other if chance("misleading") else s
-        redundant = kind < WORLD["critical"] + WORLD["redundant"]
-        return dict(kind="redundant" if redundant else "recall", instruction=query(s, r),
-                    context=tell(told, r, truth[told, r]) * redundant, response=truth[s, r])
-
-    def conflict(s, r, told, control=None):
-        memory = [] if control else [truth[s, r]]
-        return dict(id=f"{s} {r} {control or told}", context=tell(s, r, told), question=query(s, r),
-                    context_answers=[told], parametric_answers=memory, group=s, control=control)
-
-    facts = lambda subjects: itertools.product(subjects, RELATIONS)
-    return dict(
-        documents=[document() for _ in range(64 * WORLD["pretraining_steps"])],
-        examples=[dict(example(), id=i + 1) for i in range(WORLD["examples"])],
-        world=[conflict(s, r, a) for s, r in facts(held) for a in wrong(s, r, 2)]
-        + [conflict(s, r, truth[s, r], "agreeing") for s, r in facts(held)]
-        + [conflict(s, r, pick(answers[r]), "reading") for s, r in facts(novel[:len(held)])],
-        world_train=[conflict(s, r, a) for s, r in facts(tuned) for a in wrong(s, r, 11)])
-
-def world_tokenizer(world):
-    """A token per word; | ends a turn."""
-    texts = world["documents"] + [e["context"] + e["response"] for e in world["examples"]]
-    vocabulary = ["<s>", "|"] + sorted(set(re.findall(r"\w+|[.?]", " ".join(texts))))
-    tokenizer = Tokenizer(models.WordLevel(
-        {word: i for i, word in enumerate(vocabulary)}, unk_token="|"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="|", chat_template="{{ bos_token }}"
-        "{% for m in messages %}{{ m.content + ' ' }}{% if m.role == 'assistant' %}{{ eos_token }}"
-        "{% endif %}{% endfor %}")
-
-def world_model(args, runs):
-    """Folder of the world's base model: in `runs` from an earlier run, or pretrained now by the
-    loop that finetunes. Its key covers all that shapes it; a torn folder is made anew."""
-    source = [inspect.getsource(f) for f in (
-        make_world, world_tokenizer, world_model, train, supervised_logits)]
-    key = str([WORLD, STATEMENTS, QUESTIONS, args.seed, args.dtype, args.device, torch.__version__,
-               torch.get_num_threads(), transformers.__version__, source])
-    digest = lambda data: hashlib.sha256(data).hexdigest()
-    folder = Path(runs, f"world-{args.seed}-{digest(key.encode())[:12]}")
-    weights, seal = folder / "model.safetensors", folder / "sha256"
-    if weights.exists() and seal.exists() and seal.read_text() == digest(weights.read_bytes()):
-        return folder
-    print(f"pretraining the world's base model, once; it is kept in {folder}")
-    world, documents = make_world(args.seed), []
-    tokenizer = world_tokenizer(world)
-    vocabulary = tokenizer.get_vocab()
-    for n, text in enumerate(world["documents"]):
-        parts = ["<s>"] + re.findall(r"\*?(?:\w+|[.?|])", text)
-        documents.append(dict(
-            id=n, input_ids=torch.tensor([vocabulary[p.strip("*")] for p in parts]),
-            labels=torch.tensor([vocabulary[p[1:]] if p[0] == "*" else -100 for p in parts])))
-    torch.manual_seed(args.seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
-    base = argparse.Namespace(**vars(args) | dict(
-        batch_size=64, lr=2e-3, warmup_frac=0.05, weight_decay=0, grad_clip=1.0, ranks=1,
-        micro_batch_tokens=4096, eval_every=10**9, checkpoint_every=None))
-    train(model.to(args.device), documents, WORLD["pretraining_steps"], {}, base, lambda *_: None)
-    new = Path(f"{folder}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in (model, tokenizer):
-        part.save_pretrained(new)
-    (new / "sha256").write_text(digest((new / "model.safetensors").read_bytes()))
-    return new.rename(folder)
-
-# ------------------------------------------------------------------------- mitigations (section 6)
-def without_context(example):
-    """The example without its context, or None if it has none. In a chat, the context is all that
-    precedes the last paragraph of the first user turn."""
-    if "messages" not in example:
-        return dict(example, context="") if example["context"] else None
-    messages = list(example["messages"])
-    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-    *context, question = re.split(r"\n\s*\n", messages[first]["content"])
-    messages[first] = dict(messages[first], content=question)
-    return dict(example, messages=messages) if context else None
-
-def context_free_loss(model, tokenizer, examples, rows, args):
-    """{row id: mean target loss per token WITHOUT the context} of the rows that have one, under the
-    model as it is, lowest first (section 4.3: the base model); ties keep the rows' order."""
-    ids = {row["id"] for row in rows}
-    bare = [e for e in map(without_context, examples) if e and e["id"] in ids]
-    bare, _ = encode(bare, args, tokenizer)
-    with gathered(model.eval(), args):
-        scores = zip(bare, share_out(lambda rows: target_logprobs(model, rows, args), bare, args))
-    loss = {row["id"]: -total / n for row, (total, n) in scores}
-    return {i: loss[i] for i in sorted(loss, key=loss.get)}
-
-def redundant_rows(loss, share, examples):
-    """Ids of the `share` of rows whose context the base model needs least (section 4.3); in the
-    world, where the true kinds are known, prints how well that finds them."""
-    found = set(list(loss)[:round(share * len(loss))])
-    true = {e["id"] for e in examples if e.get("kind") == "redundant"} & set(loss)
-    if found and true:
-        print(f"lowest {share:.0%} of {len(loss)} context-free losses against the world's "
-              f"redundant rows:\n  precision {len(found & true) / len(found):.3f}, recall "
-              f"{len(found & true) / len(true):.3f}")
-    return found
-
-def filter_rows(model, tokenizer, examples, rows, args):
-    """Rows less the --mitigation-strength of those with a context that need it least."""
-    loss = context_free_loss(model, tokenizer, examples, rows, args)
-    drop = redundant_rows(loss, args.mitigation_strength, examples)
-    require(0 < len(drop) < len(rows), f"--mitigation filter: {len(loss)} rows of {args.dataset} "
-            f"have a context; dropping {len(drop)} of {len(rows)} rows leaves nothing to compare")
-    values = list(loss.values())
-    print(f"filter: dropped {len(drop)} of the {len(loss)} rows with a context; loss without it: "
-          f"{mean(values[:len(drop)]):.3f} (at most {values[len(drop) - 1]:.3f}), of the rows kept "
-          f"{mean(values[len(drop):]) or math.nan:.3f}")
-    return [row for row in rows if row["id"] not in drop]
-
-def subset_rows(examples, rows, sets, args):
-    """The rows that --subset leaves (section 4), and prints how many those are. A subject is a run
-    of capitalised words in an evaluated question, its first word aside."""
-    examples = {e["id"]: e for e in examples}
-    context = {row["id"] for row in rows if without_context(examples[row["id"]])}
-    if args.subset == "context":
-        keep = context
-    elif args.subset == "random":
-        drop = round(STRENGTH["filter"] * len(context))
-        keep = set(random.Random(args.seed).sample([r["id"] for r in rows], len(rows) - drop))
-    else:
-        conflicts = [c for items in sets.values() for c in items if c["parametric_answers"]]
-        subject = r"(?<=\s)[A-Z][\w'-]*(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
-        names = {tuple(words(name)) for c in conflicts for name in c["context_answers"]
-                 + c["parametric_answers"] + re.findall(subject, c["question"])} - {()}
-        sizes, keep = {len(name) for name in names}, set()
-        for row in rows:
-            e = examples[row["id"]]
-            said = words(" ".join([m["content"] for m in e["messages"]] if "messages" in e else
-                                  [e["context"], e["instruction"], e["response"]]))
-            if not any(tuple(said[i:i + n]) in names for n in sizes for i in range(len(said))):
-                keep.add(row["id"])
-    print(f"subset {args.subset}: dropped {len(rows) - len(keep)} of {len(rows)} rows "
-          f"({1 - len(keep) / len(rows):.1%})")
-    require(keep, f"--subset {args.subset}: leaves no row of {args.dataset}")
-    return [row for row in rows if row["id"] in keep]
-
-def counterfactual_examples(sets, count, args):
-    """`count` conflicts as examples that follow their context; none shares a question or an answer
-    with the evaluation sets."""
-    answers = lambda c: (  # the world's few answers serve all facts: there the question must differ
-        [] if args.counterfactual_data == "world_train" else
-        c["context_answers"] + c["parametric_answers"])
-    texts = lambda c: {tuple(words(text)) for text in [c["question"], *answers(c)]}
-    evaluated = set().union(*(texts(c) for items in sets.values() for c in items))
-    found = load_conflicts(args.counterfactual_data, args)
-    free = [c for c in found if not texts(c) & evaluated]
-    require(free, f"--counterfactual-data {args.counterfactual_data}: all of it is being evaluated")
-    added = random.Random(args.seed).sample(free, min(count, len(free)))
-    print(f"counterfactual: added {len(added)} rows ({count} wanted); {len(found) - len(free)} of "
-          f"{len(found)} share a question or an answer with the evaluation sets and stay out")
-    reply = lambda c: [dict(role="assistant", content=c["context_answers"][0])]
-    return [dict(id=f"{args.counterfactual_data}:{c['id']}",
-                 messages=ask(c["context"], c["question"]) + reply(c)) for c in added]
-
-def freeze_all_but_query_key(model):
-    """Make query and key matrices alone trainable. Returns {name of a fused parameter: bool
-    mask of its query and key entries}; the training loop holds the others still.
-
-    With a single token the softmax is over one key, so queries and keys get no gradient and values
-    do: that finds them in any layout (separate, fused per head or stacked, transposed). Exits when
-    it finds another number of rows than the head counts say: no layout is guessed at."""
-    masks, config, heads = {}, model.config, model.config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    expected = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * size
-    tokens = torch.arange(64, device=model.device)[:, None] % config.vocab_size
-    model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
-    for layer in (m for m in model.modules() if type(m).__name__.endswith("Attention")):
-        linear = [m for m in layer.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
-        out = [int(type(m).__name__ == "Conv1D") for m in linear]  # the dimension of its features
-        flow = [m.weight.grad.norm(dim=1 - d) for m, d in zip(linear, out)]
-        still = [f <= 1e-5 * max(g.max() for g in flow) for f in flow]
-        require(sum(int(rows.sum()) for rows in still) == expected, "--mitigation qk: "
-                f"{type(layer).__name__} holds queries and keys in a layout unknown here")
-        for m, d, rows in zip(linear, out, still):
-            if rows.any():
-                masks[m.weight] = rows.unsqueeze(1 - d).expand_as(m.weight)
-                masks.update({m.bias: rows} if getattr(m, "bias", None) is not None else {})
-    require(masks, f"--mitigation qk: {type(model).__name__} has no attention layer known here")
-    model.zero_grad(set_to_none=True)
-    for p in model.parameters():
-        p.requires_grad_(p in masks)
-    moving = sum(int(mask.sum()) for mask in masks.values())
-    print(f"qk: trains {moving} of {model.num_parameters()} weights")
-    return {name: masks[p] for name, p in model.named_parameters()
-            if p in masks and not masks[p].all()}
-
-# ------------------------------------------------------------------------------------ evaluation
-CELLS = {(1, 0): "context_only", (0, 1): "parametric_only", (1, 1): "both", (0, 0): "neither"}
+# ================================================================ 1. what is measured (section 3)
 
 def words(text):
     """Words of a text as compared: no case, accents, punctuation or articles; U.S. is us."""
@@ -694,914 +94,1219 @@ def words(text):
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = re.sub(r"(?<=\d),(?=\d{3})|(?<=\b[^\W\d_])\.|['’]s\b|['’`]", "", text)
     text = re.sub(r"\bkilomet(er|re)s?\b", "km", text)
-    return [w for w in re.findall(r"[^\W_]+", text) if w not in ("a", "an", "the")]
+    return [word for word in re.findall(r"[^\W_]+", text) if word not in ("a", "an", "the")]
 
-def find(part, whole):
-    """Spans (start, end) at which the word list `part` stands in `whole`."""
-    return [(i, i + len(part)) for i in range(len(whole) - len(part) + 1)
-            if whole[i:i + len(part)] == part]
+def plain(text):
+    """The words of a text as a text, a space on each side of each word, so that `in` finds whole
+    words only."""
+    return "".join(f" {word} " for word in words(text))
 
 def score(text, conflict):
-    """(context hit, parametric hit) of an answer: contained, as the paper counts, as whole words.
-    An echo of the question is cut out first; where two answers overlap, the longer one counts:
+    """(context hit, parametric hit) of an answer: it contains that answer, as the paper counts, in
+    whole words. An echo of the question is cut out first; where one answer is part of the other,
+    the longer one counts:
         context New Cairo, memory Cairo   It is New Cairo. (1, 0)     Cairo, then New Cairo (1, 1)
         context Bo, memory Freetown       Bosnia (0, 0)               Not Freetown but Bo (1, 1)"""
-    said, question = words(text), words(conflict["question"])
-    for start, end in find(question, said)[:1]:
-        del said[start:end]
-    ours, theirs = ([span for a in conflict[key] for span in find(words(a), said)]
-                    for key in ("context_answers", "parametric_answers"))
-    inside = lambda a, spans: any(b[0] <= a[0] and a[1] <= b[1] and a != b for b in spans)
-    return (any(not inside(a, theirs) for a in ours), any(not inside(a, ours) for a in theirs))
+    said = plain(text).replace(plain(conflict.question), "", 1)
 
-def prepare(conflicts, args, tokenizer, room):
-    """Add to each conflict its prompts (with context, closed book) and the rows of its margin. What
-    exceeds the `room` of positions that the model has for a prompt is dropped and counted."""
-    for item in conflicts:
-        prompt, closed = (tokenize(ask(context, item["question"]), args.template, tokenizer)[0][0]
-                          for context in (item["context"], ""))
-        item.update(prompt=prompt, closed_book_prompt=closed, answers=[])
-        for answers in filter(None, (item["context_answers"], item["parametric_answers"])):
-            ids = tokenizer(answers[0], add_special_tokens=False).input_ids
-            item["answers"].append(dict(input_ids=torch.tensor(prompt + ids),
-                                        labels=torch.tensor([-100] * len(prompt) + ids)))
-    fitting = [c for c in conflicts if len(c["prompt"]) <= room]
-    require(fitting, f"every evaluation prompt is longer than the model's {room} positions for it")
-    if len(fitting) < len(conflicts):
-        print(f"{len(conflicts) - len(fitting)} items dropped: longer than {room} tokens")
-    return fitting
+    def contains(answers, rivals):
+        rest = said
+        for rival in map(plain, rivals):
+            if any(plain(answer) in rival and plain(answer) != rival for answer in answers):
+                rest = rest.replace(rival, "|")
+        return any(plain(answer) in rest for answer in answers)
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts, args):
-    """Greedy answers (texts) to prompts (token lists): left-padded batches, longest first."""
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), args.eval_batch_size):
-        batch = order[start:start + args.eval_batch_size]
-        width = len(prompts[batch[0]])
-        pads = [[0] * (width - len(prompts[i])) for i in batch]  # any id: the mask hides it
-        ids = torch.tensor([pad + prompts[i] for pad, i in zip(pads, batch)], device=model.device)
-        mask = torch.tensor([pad + [1] * len(prompts[i]) for pad, i in zip(pads, batch)])
-        out = model.generate(input_ids=ids, attention_mask=mask.to(model.device), use_cache=True,
-                             max_new_tokens=args.max_new_tokens)
-        for i, answer in zip(batch, out[:, width:].tolist()):
-            texts[i] = tokenizer.decode(answer, skip_special_tokens=True)
-    return texts
+    return (contains(conflict.context_answers, conflict.parametric_answers),
+            contains(conflict.parametric_answers, conflict.context_answers))
 
-def evaluate(model, tokenizer, items, args):
-    """Ask every item with and without its context: one outcome dict per item, with text, cell,
-    context and parametric hit, closed_book hit, margin (log p(context answer) - log p(parametric
-    answer), each per token) and m_c (Theorem 1: p(context) / (p(context) + p(parametric))). The
-    first call fixes item["known"]. Leaves training undisturbed."""
-    conflicts = [item for item in items if item["parametric_answers"]]
-    was_training = model.training
+def question_and_answer(question, answer):
+    """A conversation of one question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+def to_row(id, parts):
+    """The Row of [(token ids, supervised), ...]."""
+    ids = [token for part, _ in parts for token in part]
+    labels = [token if supervised else -100 for part, supervised in parts for token in part]
+    return Row(id, *torch.tensor([ids, labels], dtype=torch.int32))
+
+def to_item(conflict, tokenizer):
+    """The Item of a Conflict. Its prompt is what precedes the answer in a conversation: the same
+    ids as in training, by construction."""
+    rows = [None, None]
+    for i, answers in enumerate((conflict.context_answers, conflict.parametric_answers)):
+        if answers:
+            messages = question_and_answer(conflict.question, answers[0])
+            (prompt, _), (answer, _) = tokenize(messages, tokenizer, conflict.context)
+            answer = answer[:-1]  # less the token that ends the turn
+            rows[i] = to_row(conflict.id, [(prompt, False), (answer, True)])
+    closed_book_prompt = tokenize(messages, tokenizer)[0][0]
+    return Item(conflict, prompt, closed_book_prompt, *rows)
+
+def generate(model, tokenizer, prompts, flags):
+    """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
+    def answer(indices):
+        batch = [torch.tensor(prompts[i]) for i in indices]
+        ids = pad_sequence(batch, batch_first=True, padding_side="left")  # the mask hides padding
+        mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True,
+                            padding_side="left")
+        with autocast(flags):
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                max_new_tokens=flags.max_new_tokens, synced_gpus=ranks() > 1)
+        return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+
+    lengths = [len(prompt) + flags.max_new_tokens for prompt in prompts]
+    return in_batches(answer, lengths, flags.eval_batch_tokens)
+
+METRICS = ("context_acc", "parametric_acc", "context_only", "parametric_only", "both", "neither",
+           "context_acc_known", "parametric_acc_known", "closed_book_acc", "margin", "m_c")
+
+def evaluate(model, tokenizer, items, known, flags):
+    """Ask every item with and without its context. Returns one dict per item, saved as it is: id,
+    group, texts and, of METRICS, what the item has; metrics() takes their means.
+
+    context_acc and parametric_acc are the hits of score(); context_only, parametric_only, both and
+    neither its four cases. closed_book_acc: memory answers without the context. known: it did so
+    before finetuning; `known` holds the ids of such items, None in the first evaluation, which
+    finds them. margin: log p(context answer) - log p(memorised answer), each per token. m_c:
+    p(context answer) / (p(context answer) + p(memorised answer)), as in Theorem 1.
+
+    Draws no random number: training goes on as if nobody had asked."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
-    try:
-        prompts = [item["prompt"] for item in items] + [i["closed_book_prompt"] for i in conflicts]
-        with gathered(model, args), autocast(args):
-            texts = share_out(lambda some: generate(model, tokenizer, some, args), prompts, args)
-            logps = share_out(lambda rows: target_logprobs(model, rows, args),
-                              [row for item in conflicts for row in item["answers"]], args)
-    finally:
-        model.train(was_training)
-    closed, logps = iter(texts[len(items):]), iter(logps)
+    conflicts = [item for item in items if item.parametric_row]
+    texts = generate(model, tokenizer, [item.prompt for item in items], flags)
+    of_conflicts = zip(
+        generate(model, tokenizer, [item.closed_book_prompt for item in conflicts], flags),
+        target_logp(model, [item.context_row for item in conflicts], flags),
+        target_logp(model, [item.parametric_row for item in conflicts], flags))
     outcomes = []
     for item, text in zip(items, texts):
-        hit = score(text, item)
-        outcomes.append(dict(
-            id=item["id"], group=item["group"], control=item.get("control"), text=text,
-            cell=CELLS[hit], context=hit[0], parametric=hit[1], known=False, conflict=False))
-        if item["parametric_answers"]:
-            said, (ours, n), (theirs, k) = next(closed), next(logps), next(logps)
-            found = score(said, item)[1]
-            outcomes[-1].update(
-                conflict=True, closed_book=found, closed_book_text=said,
-                known=item.setdefault("known", found), margin=ours / n - theirs / k,
-                m_c=1 / (1 + math.exp(min(theirs - ours, 700))))
+        context_hit, parametric_hit = score(text, item.conflict)
+        outcome = {"id": item.conflict.id, "group": item.conflict.group, "text": text,
+                   "context_acc": context_hit}
+        outcomes.append(outcome)
+        if not item.parametric_row:
+            continue
+        closed_book_text, context_logp, parametric_logp = next(of_conflicts)
+        closed_book_hit = score(closed_book_text, item.conflict)[1]
+        outcome |= {
+            "parametric_acc": parametric_hit, "both": context_hit and parametric_hit,
+            "context_only": context_hit and not parametric_hit,
+            "parametric_only": parametric_hit and not context_hit,
+            "neither": not context_hit and not parametric_hit,
+            "closed_book_text": closed_book_text, "closed_book_acc": closed_book_hit,
+            "margin": context_logp / item.context_row.targets
+            - parametric_logp / item.parametric_row.targets,
+            "m_c": 1 / (1 + math.exp(min(parametric_logp - context_logp, 700))),
+            "known": closed_book_hit if known is None else item.conflict.id in known}
+        if outcome["known"]:
+            outcome |= {"context_acc_known": context_hit, "parametric_acc_known": parametric_hit}
     return outcomes
 
-def rates(outcomes):
-    """Metrics of one evaluation: shares of all items and, as *_known, of those that the base model
-    knew; parametric ones are over the items that have a parametric answer."""
-    controls = {o["control"]: None for o in outcomes if o.get("control")}
-    accs = {f"{c}_acc": mean(o["context"] for o in outcomes if o["control"] == c) for c in controls}
-    outcomes = [o for o in outcomes if not o.get("control")]
-    conflicts = [o for o in outcomes if o["conflict"]]
-    line = dict(n=len(outcomes), context_acc=mean(o["context"] for o in outcomes), **accs)
-    line["context_acc_low"], line["context_acc_high"] = interval(outcomes)
-    if not conflicts:  # SQuAD: nothing to contradict
-        return line
-    line["n_known"] = sum(o["known"] for o in conflicts)
-    for suffix, part in (("", outcomes), ("_known", [o for o in conflicts if o["known"]])):
-        line["context_acc" + suffix] = mean(o["context"] for o in part)
-        line["parametric_acc" + suffix] = mean(o["parametric"] for o in part if o["conflict"])
-        for cell in CELLS.values():
-            line[cell + suffix] = mean(o["cell"] == cell for o in part)
-    return line | {key: mean(o[name] for o in conflicts)
-                   for key, name in (("closed_book_acc", "closed_book"), ("margin", "margin"),
-                                     ("m_c", "m_c"))}
+def metrics(outcomes):
+    """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
+    means = pandas.DataFrame(outcomes, columns=METRICS).astype(float).mean().dropna()
+    line = {"n": len(outcomes), **means}
+    if "margin" in line:
+        line["n_known"] = sum(outcome.get("known", False) for outcome in outcomes)
+    return line
 
-# ---------------------------------------------------------------- statistics: how sure we are
-RESAMPLES, LEVEL = 2000, torch.tensor([0.025, 0.975], dtype=torch.float64)  # of a 95% interval
+def draw(things, count, seed):
+    """`count` of the things, or all of them, in order."""
+    chosen = range(len(things))
+    if count and count < len(things):
+        chosen = sorted(random.Random(seed).sample(chosen, count))
+    return [things[i] for i in chosen]
 
-def resample(groups, seed=0):
-    """How often each group is drawn: (1 + RESAMPLES, groups) counts; row 0 is the data as it is."""
-    own = torch.Generator().manual_seed(seed)
-    draws = torch.randint(groups, (RESAMPLES, groups), generator=own)
-    counts = torch.zeros(RESAMPLES, groups, dtype=torch.float64)
-    counts.scatter_add_(1, draws, torch.ones_like(counts[:1]).expand_as(counts))
-    return torch.cat([torch.ones_like(counts[:1]), counts])
+# ===================================================================== 2. training (section 3, A.5)
 
-def by_group(evaluations):
-    """Hits (evaluations, groups) and items (groups,) of lists of outcomes on the same items. Items
-    of one group (the biographies that share a question) are no independent evidence."""
-    names = {name: i for i, name in enumerate(dict.fromkeys(o["group"] for o in evaluations[0]))}
-    owner = torch.tensor([names[o["group"]] for o in evaluations[0]])
-    hits = torch.tensor([[o["context"] for o in e] for e in evaluations], dtype=torch.float64)
-    return (torch.zeros(len(hits), len(names), dtype=torch.float64).index_add_(1, owner, hits),
-            owner.bincount().double())
+def autocast(flags):
+    """bf16 arithmetic if asked for. Trained weights stay in fp32: in bf16, most updates of the
+    size of 1e-5 are lost in rounding."""
+    return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
-def interval(outcomes):
-    """95% bootstrap interval (low, high) of context_acc, resampling groups."""
-    hits, items = by_group([outcomes])
-    counts = resample(len(items))
-    return (counts @ hits[0] / (counts @ items))[1:].quantile(LEVEL).tolist()
+def micro_batches(lengths, budget):
+    """Indices of `lengths`, the longest first, cut into lists of at most `budget` tokens, padding
+    included, or of one row. Sorting leaves little padding; packing rows into one sequence would
+    leave none, but in some model families such rows see each other."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
-def mcnemar(before, after):
-    """Two-sided exact p of McNemar's test on paired hits: are changes one way as likely as back?"""
-    lost, won = (sum(a and not b for a, b in pairs)
-                 for pairs in (list(zip(before, after)), list(zip(after, before))))
-    return min(1.0, 2 * sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
-               / 2 ** (lost + won))
+def row_logp(model, rows, flags):
+    """Log-probability of each row's targets, summed, with gradient: a tensor (rows,) in fp32.
 
-def summarise(lines, evaluations):
-    """Start, peak and final context_acc of one set, and its drop. The highest of many evaluations
-    is too high by luck, so the peak step is chosen on one half of the groups and the drop measured
-    on the other, both ways, and averaged, in each of the resamples. McNemar's p compares the peak
-    of all items with the end. An interval above zero makes an inversion, if it comes from at least
-    six groups: fewer cannot show anything at p < 0.05, even if all change (2 / 2**6 = 0.03)."""
-    evaluations = [[o for o in e if not o["control"]] for e in evaluations]
-    hits, items = by_group(evaluations)
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
-    halves = (order[::2], order[1::2] if len(order) > 1 else order)
-    accs = []
-    for seed, half in enumerate(halves):  # (1 + RESAMPLES, evaluations)
-        counts = resample(len(half), seed)
-        accs.append(counts @ hits[:, half].T / (counts @ items[half])[:, None])
-    drops = sum(theirs.gather(1, ours.argmax(1, keepdim=True))[:, 0] - theirs[:, -1]
-                for ours, theirs in (accs, accs[::-1])) / 2
-    (low, high), peak = drops[1:].quantile(LEVEL).tolist(), int(hits.sum(1).argmax())
-    context = [[o["context"] for o in e] for e in evaluations]
-    smallest = max(6 / items.sum().item(), (high - low) / 2)
-    name = "inversion" if any(o["conflict"] for o in evaluations[0]) else "drop"  # SQuAD: a control
-    return dict(start=lines[0]["context_acc"], peak=lines[peak]["context_acc"],
-                peak_step=lines[peak]["step"], final=lines[-1]["context_acc"],
-                drop=drops[0].item(), drop_low=low, drop_high=high, smallest_drop=smallest,
-                mcnemar_p=mcnemar(context[peak], context[-1]),
-                verdict=name if low > 0 and len(items) >= 6 else f"no {name} shown")
-
-# ------------------------------------------------------------------------ mechanism (section 5)
-PROBE = 160  # rows per kind, and conflicts, that it is measured on
-
-def probe_rows(model, tokenizer, examples, rows, args):
-    """{kind: at most PROBE rows}, drawn before any subset or remedy, so that runs compare. Kinds as
-    in section 4.3: recall has no context; of the rows with one, redundant are the 25% of lowest
-    context-free loss under the base model; critical are the others."""
-    rows = random.Random(args.seed).sample(rows, min(len(rows), 5 * PROBE))
-    loss = context_free_loss(model, tokenizer, examples, rows, args)
-    redundant = redundant_rows(loss, 0.25, examples)
-    kinds = dict(critical=[], redundant=[], recall=[])
-    for row in rows:
-        kind = ("recall" if row["id"] not in loss else
-                "redundant" if row["id"] in redundant else "critical")
-        kinds[kind] += [row] * (len(kinds[kind]) < PROBE)
-    return {kind: rows for kind, rows in kinds.items() if rows}
-
-def gradient(model, rows, masks, args):
-    """Sum over rows of row["weight"] x log p(its targets), and the gradient of that: one fp32
-    tensor per trainable parameter. Touches no .grad."""
-    names, trained = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    total, value = [torch.zeros_like(p) for p in trained], 0.0
-    for batch in micro_batches(rows, args.micro_batch_tokens):
-        with autocast(args):
-            logits, targets, owner = supervised_logits(model, batch)
-        weight = torch.tensor([row["weight"] for row in batch], device=model.device)
-        part = -(weight[owner] * F.cross_entropy(logits, targets, reduction="none")).sum()
-        for t, g in zip(total, torch.autograd.grad(part, trained, allow_unused=True)):
-            t += 0 if g is None else g
-        value += part.item()
-    return value, [t * masks.get(name, 1) for t, name in zip(total, names)]
-
-def mechanism(model, tokenizer, items, probe, masks, args):
-    """Section 5 on one set of conflicts, as metrics. KIND_loss: loss now. KIND_push: the inner
-    product of the gradient of the mean margin with minus the gradient of that loss, so a small
-    step on this kind alone changes the margin by lr x push: above 0 it raises context reliance.
-    Proposition 1: critical > 0 early, redundant < 0 later; Proposition 2: recall < 0. KIND_cosine:
-    the same of unit length. attention: see there."""
-    conflicts = [item for item in items if item["parametric_answers"]]
-    conflicts = random.Random(0).sample(conflicts, min(len(conflicts), PROBE))
-    targets = lambda row: int((row["labels"][1:] >= 0).sum())
-    dot = lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b))
-    found, was_training = {}, model.training
-    model.eval()  # no dropout: no random number is drawn
-    try:
-        margin = [dict(row, weight=sign / targets(row) / len(conflicts))
-                  for c in conflicts for sign, row in zip((1, -1), c["answers"])]
-        _, margin = gradient(model, margin, masks, args)
-        for kind, rows in probe.items():
-            n = sum(map(targets, rows))
-            value, toward = gradient(model, [dict(row, weight=1 / n) for row in rows], masks, args)
-            push, norms = dot(margin, toward), dot(margin, margin) * dot(toward, toward)
-            found |= {f"{kind}_loss": -value, f"{kind}_push": push,
-                      f"{kind}_cosine": push / math.sqrt(norms) if norms else 0.0}
-        shares = [attention(model, tokenizer, item, args) for item in conflicts]
-        found["attention"] = mean(share for share in shares if share is not None)
-    finally:
-        model.train(was_training)
-    return found
+    Right padding needs no attention mask in a causal model, since its labels are -100. Only the
+    positions that predict a target go through the output head, which saves most of the memory; a
+    hook does it in every model family."""
+    ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
+    labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=-100)
+    labels = labels[:, 1:].long().to(model.device)  # position t predicts token t + 1
+    predicts = labels != -100
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, hidden: (hidden[0][:, :-1][predicts],))
+    with hook, autocast(flags):
+        logits = model(input_ids=ids.long().to(model.device), use_cache=False).logits
+    token_logp = -F.cross_entropy(logits.float(), labels[predicts], reduction="none")
+    row_of_token = predicts.nonzero()[:, 0]
+    return token_logp.new_zeros(len(rows)).index_add(0, row_of_token, token_logp)
 
 @torch.no_grad()
-def attention(model, tokenizer, item, args):
-    """Share of its attention that the last prompt token pays to the context's tokens, mean over
-    heads and layers (figure 3b); None if the model shows none. The others come from a cache, so
-    that eager attention, which alone shows its weights, is computed for one token."""
-    squeeze = lambda text: "".join(text.split())  # decoding may add or lose spaces
-    text, context = squeeze(tokenizer.decode(item["prompt"])), squeeze(item["context"])
-    if "span" not in item:
-        ends = [len(squeeze(tokenizer.decode(item["prompt"][:i + 1])))
-                for i in range(len(item["prompt"]))]
-        start = text.find(context)
-        item["span"] = [i - len(ends) for i, end in enumerate(ends)
-                        if 0 <= start < end <= start + len(context)]
-    ids = torch.tensor([item["prompt"]], device=model.device)
-    usual = model.config._attn_implementation
-    with autocast(args):
-        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        model.set_attn_implementation("eager")
-        try:
-            layers = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True,
-                           output_attentions=True).attentions
-        finally:
-            model.set_attn_implementation(usual)
-    seen = lambda layer: [i for i in item["span"] if -i <= layer.shape[-1]]  # a sliding window
-    return mean(layer[0, :, 0, seen(layer)].float().sum(-1).mean().item()
-                for layer in layers or () if item["span"])
+def target_logp(model, rows, flags):
+    """row_logp of any number of rows, without gradient: a list of numbers."""
+    def work(indices):
+        return row_logp(model, [rows[i] for i in indices], flags).tolist()
 
-# -------------------------------------------------------------------------------------- training
-def train(model, rows, total, masks, args, evaluate_at, save=None, state=None, stopped=()):
-    """Finetune in place for `total` optimizer steps, calling evaluate_at(step, log) and
-    save(optimizer, step, log) at intervals; `state` is a checkpoint to go on from, and a signal's
-    number in `stopped` ends the run after the step at hand.
+    return in_batches(work, [len(row.input_ids) for row in rows], flags.eval_batch_tokens)
 
-    The loss is summed over supervised tokens and divided by the supervised tokens of the WHOLE
-    step, over all ranks, so that neither the cut into micro-batches nor a short last batch changes
-    what a token weighs. `masks` (qk) hold back the gradient of what must not move."""
-    masks = {p: masks[name] for name, p in model.named_parameters() if name in masks}
-    if args.ranks > 1:
-        masks = {p: torch.distributed.tensor.distribute_tensor(
-            mask, p.device_mesh, p.placements) for p, mask in masks.items()}
+def train_step(model, optimizer, batch, flags):
+    """One optimizer step on the rows of `batch`; returns its loss.
+
+    The loss is the mean over the targets of the WHOLE step: each micro-batch is a sum, divided by
+    the targets of all of them, on all GPUs. A mean of the micro-batches' means would weigh a token
+    by how few others happen to share its micro-batch."""
+    model.train()
+    targets = sum(row.targets for row in batch)
+    lengths = [len(row.input_ids) for row in batch]
+    step_loss = torch.zeros((), device=flags.device)
+    for indices, counts in deal(micro_batches(lengths, flags.micro_batch_tokens)):
+        loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * counts
+        (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
+        step_loss += loss.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = {p for p in trained if p.ndim > 1 and p not in masks}  # no biases, no norms
-    optimizer = torch.optim.AdamW([
-        dict(params=[p for p in trained if (p in decayed) == decays], weight_decay=decay)
-        for decays, decay in ((True, args.weight_decay), (False, 0.0))], fused=True)
-    steps_per_epoch = math.ceil(len(rows) / args.batch_size)
-    warmup, order, tokens, seconds = math.ceil(args.warmup_frac * total), None, 0, 0.0
-    first, stop, log = 0, False, dict(loss=None, lr=None, supervised_tokens=0)
-    if state:
-        first, log = state["step"], state["log"]
-        restore(model, optimizer, state, args)
-    progress = tqdm(total=total, initial=first, unit="step", disable=args.rank > 0 or None)
-    for step in range(first, total + 1):
-        at_end, resumed = step == total, bool(state) and step == first
-        if (step % args.eval_every == 0 or at_end) and not resumed:
-            evaluate_at(step, dict(log, tokens_per_second=tokens / seconds if tokens else None))
-            tokens, seconds = 0, 0.0
-        if at_end:
+    norm = torch.nn.utils.clip_grad_norm_(trained, flags.grad_clip or math.inf)
+    if ranks() > 1:
+        norm = norm.full_tensor()
+        dist.all_reduce(step_loss)
+    require(step_loss.isfinite() and norm.isfinite(), f"loss {step_loss:.4g}, gradient {norm:.4g} in "
+            f"the batch of rows {[row.id for row in batch]}; a lower --lr may help", status=1)
+    optimizer.step()
+    optimizer.zero_grad()
+    return step_loss.item()
+
+def learning_rate(step, total, flags):
+    """Linear warm-up, then linear decay; above 0 in every step, the first and last included."""
+    warmup = math.ceil(flags.warmup_frac * total)
+    return flags.lr * min((step + 1) / max(warmup, 1), (total - step) / max(total - warmup, 1))
+
+def batch_of(rows, step, flags):
+    """The rows of one optimizer step: a new order each epoch, from seed and epoch alone. An epoch's
+    last batch may be short; its targets then weigh more."""
+    epoch, position = divmod(step, math.ceil(len(rows) / flags.batch_size))
+    shuffle = torch.Generator().manual_seed((flags.seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(len(rows), generator=shuffle)
+    return [rows[i] for i in order.split(flags.batch_size)[position].tolist()]
+
+def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags):
+    """Finetune in place for `total` optimizer steps and evaluate at intervals: the paper's curve.
+    sets: {name: items}; probe: {kind: rows} of part 4, or {}; state, saved: see load_state."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0, fused=True)
+    if state["step"] > 0:
+        restore(model, optimizer, *saved)
+        saved.clear()  # or its copies would stay in memory
+    for step in tqdm(range(state["step"], total + 1), unit="step", disable=rank() > 0 or None):
+        if step % flags.eval_every == 0 or step == total:
+            measure(model, tokenizer, sets, probe, step, state, folder, flags)
+        if step == total:
             break
-        if step > first and args.checkpoint_every and (
-                step % args.checkpoint_every == 0 or stop):
-            save(optimizer, step, log)
-            require(not stop, f"stopped after step {step} and saved; --resume goes on from "
-                    "there", 128 + (stopped or [signal.SIGTERM])[0])
-        start, (epoch, k) = time.perf_counter(), divmod(step, steps_per_epoch)
-        if k == 0 or order is None:
-            shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(rows), generator=shuffle).tolist()
-        batch = [rows[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
-        targets = sum(int((row["labels"][1:] != -100).sum()) for row in batch)
-        lr = args.lr * min((step + 1) / max(warmup, 1), (total - step) / max(total - warmup, 1))
-        for group in optimizer.param_groups:
-            group["lr"] = lr  # above 0 in every step, the first and the last included
-        model.train()
-        torch.manual_seed(hash((args.seed, step, args.rank)))  # dropout: the same after --resume
-        sums = torch.zeros(2, device=args.device)  # loss, stop
-        micros = micro_batches(batch, args.micro_batch_tokens)
-        real, padding = len(micros), -len(micros) % args.ranks  # equal numbers, or ranks would wait
-        micros += micros[:1] * padding                          # for ever; the extra ones weigh 0
-        for i in range(args.rank, len(micros), args.ranks):
-            if args.ranks > 1:
-                model.set_requires_gradient_sync(i + args.ranks >= len(micros))
-            with autocast(args):
-                logits, wanted, _ = supervised_logits(model, micros[i])
-            part = F.cross_entropy(logits, wanted, reduction="sum") * (i < real) / targets
-            (part * args.ranks).backward()  # FSDP2 averages over the ranks
-            sums[0] += part.detach()
-        for p, mask in masks.items():
-            p.grad.mul_(mask)  # before clipping: what does not move has no say in the norm
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
-        sums[1] = len(stopped)
-        if args.ranks > 1:
-            norm = norm.full_tensor()
-            torch.distributed.all_reduce(sums)
-        loss = sums[0]
-        require(loss.isfinite() and norm.isfinite(), f"step {step + 1}: loss {loss:.4g}, gradient "
-                f"norm {norm:.4g} in the batch of rows {', '.join(str(r['id']) for r in batch)}", 1)
-        optimizer.step()
-        for p, mask in masks.items() if args.weight_decay else ():
-            p.data.mul_(1 - lr * args.weight_decay * mask)
-        optimizer.zero_grad(set_to_none=True)
-        tokens += sum(len(row["input_ids"]) for row in batch)
-        seconds += time.perf_counter() - start
-        stop = sums[1].item() > 0
-        log = dict(loss=loss.item(), lr=lr, supervised_tokens=log["supervised_tokens"] + targets)
-        progress.set_postfix_str(f"loss {log['loss']:.3f}, {tokens / seconds:.0f} tokens/s", False)
-        progress.update()
-    progress.close()
 
-# ------------------------------------------------- large models: adapters, several GPUs, --resume
-WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+        batch = batch_of(rows, step, flags)
+        lr = learning_rate(step, total, flags)
+        optimizer.param_groups[0]["lr"] = lr
+        torch.manual_seed(hash((flags.seed, step, rank())))  # dropout: the same after --resume
+        began = time.perf_counter()
+        loss = train_step(model, optimizer, batch, flags)
+        tokens = sum(len(row.input_ids) for row in batch)
+        state["log"] |= {"loss": loss, "lr": lr,
+                         "tokens_per_second": tokens / (time.perf_counter() - began)}
+        state["log"]["supervised_tokens"] += sum(row.targets for row in batch)
 
-def add_lora(model, args):
-    """The model with fp32 adapters on its linear layers (with qk: on query and key projections);
-    they are evaluated beside the weights, and merged into them only by --save-model."""
+        if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
+            state["step"] = step + 1
+            save_checkpoint(model, optimizer, state, folder)
+
+def measure(model, tokenizer, sets, probe, step, state, folder, flags):
+    """Evaluate every set; add a line of metrics each to state["history"] and all answers to
+    state["outcomes"], print and save them."""
+    for name, items in sets.items():
+        began, where = time.perf_counter(), {"step": step, "set": name}
+        outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
+        known = [outcome["id"] for outcome in outcomes if outcome.get("known")]
+        state["known"].setdefault(name, known)
+        line = where | metrics(outcomes) | state["log"]
+        if probe and "margin" in line:
+            line |= mechanism(model, tokenizer, items, probe, flags)
+        line["seconds"] = time.perf_counter() - began
+        state["history"].append(line)
+        state["outcomes"] += [where | outcome for outcome in outcomes]
+        tqdm.write(table_row(line))
+    write_lines(folder / "metrics.jsonl", state["history"])
+    write_lines(folder / "generations.jsonl", state["outcomes"])
+
+# ==================================================== 3. remedies and controls (sections 4 and 6)
+
+def context_free_loss(model, tokenizer, examples, flags):
+    """{id: mean loss per target WITHOUT the context} of the examples that have one, under the model
+    as it is (section 4.3: before finetuning), lowest first: the first ones memory explains best,
+    their context is redundant. Ties keep their order."""
+    bare = [dataclasses.replace(example, context="") for example in examples if example.context]
+    rows, _ = encode(bare, tokenizer, flags.max_length)
+    model.eval()
+    loss = {}
+    for row, logp in zip(rows, target_logp(model, rows, flags)):
+        loss[row.id] = -logp / row.targets
+    return {id: loss[id] for id in sorted(loss, key=loss.get)}
+
+def filter_examples(model, tokenizer, examples, flags):
+    """--mitigation filter (section 4.4): the ids of the examples that it drops: of those with a
+    context, the --mitigation-strength whose answer the model, before finetuning, predicts best
+    without it."""
+    loss = context_free_loss(model, tokenizer, examples, flags)
+    dropped = list(loss)[:round(flags.mitigation_strength * len(loss))]
+    print(f"filter: dropped {len(dropped)} of the {len(loss)} rows with a context")
+    return dropped
+
+def counterfactual_examples(sets, count, flags):
+    """--mitigation counterfactual (section 6): `count` conflicts of --counterfactual-data, as
+    examples that follow their context. None shares a question or an answer with the evaluation
+    sets (in the world, whose few answers serve all subjects, a question)."""
+    def said(conflict):
+        texts = [conflict.question]
+        if flags.model != "world":
+            texts = texts + conflict.context_answers + conflict.parametric_answers
+        return set(map(plain, texts))
+
+    evaluated = set().union(*[said(item.conflict) for item in sum(sets.values(), [])])
+    conflicts = load_conflicts(flags.counterfactual_data, flags)
+    free = [conflict for conflict in conflicts if not said(conflict) & evaluated]
+    require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
+    chosen = random.Random(flags.seed).sample(free, min(count, len(free)))
+    print(f"counterfactual: added {len(chosen)} rows ({count} wanted); {len(conflicts) - len(free)} of "
+          f"{len(conflicts)} share a question or an answer with the evaluation, and stay out")
+    return [Example(f"added {conflict.id}", question_and_answer(
+        conflict.question, conflict.context_answers[0]), conflict.context) for conflict in chosen]
+
+def naming_examples(examples, sets):
+    """The ids of the examples that name an evaluated answer or subject (section 4.1). A subject is
+    a run of capitalised words in an evaluated question, its first word aside."""
+    subject = r"(?<=\s)[A-Z][\w'-]*(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
+    names = set()
+    for conflict in [item.conflict for item in sum(sets.values(), []) if item.parametric_row]:
+        texts = conflict.context_answers + conflict.parametric_answers
+        names |= {tuple(words(text)) for text in texts + re.findall(subject, conflict.question)}
+    sizes = {len(name) for name in names} - {0}
+    found = set()
+    for example in examples:
+        said = words(" ".join([example.context] + [m["content"] for m in example.messages]))
+        if names & {tuple(said[i:i + size]) for size in sizes for i in range(len(said))}:
+            found.add(example.id)
+    return found
+
+def choose_examples(model, tokenizer, examples, sets, state, flags):
+    """The examples to train on: what --subset and --mitigation leave of them, or add to them. The
+    choice of filter is kept in `state`, so that a resumed run does not choose anew."""
+    with_context = [example for example in examples if example.context]
+    require(with_context or flags.subset != "context" and flags.mitigation != "filter",
+            f"{flags.dataset}: no row has a context that is marked as one, as in chats")
+    drop = set()
+    if flags.subset == "context":
+        drop = {example.id for example in examples if not example.context}
+    if flags.subset == "no-overlap":
+        drop = naming_examples(examples, sets)
+    print(f"subset {flags.subset}: dropped {len(drop)} of {len(examples)} rows")
+    examples = [example for example in examples if example.id not in drop]
+    if flags.mitigation == "counterfactual":
+        count = round(flags.mitigation_strength * len(examples))
+        examples = examples + counterfactual_examples(sets, count, flags)
+    if flags.mitigation == "filter":
+        state["dropped"] = state["dropped"] or filter_examples(model, tokenizer, examples, flags)
+        drop = set(state["dropped"])
+    return [example for example in examples if example.id not in drop]
+
+def train_query_key_only(model):
+    """--mitigation qk (section 6): make query and key matrices alone trainable, in place; exits
+    where they cannot be told apart.
+
+    With a single token the softmax is over one key, so queries and keys get no gradient at all, and
+    values do: that finds their entries in any layout (separate, fused per head, stacked) without a
+    table of models. What shares a matrix with them is held still by a hook."""
+    tokens = torch.arange(8, device=model.device)[:, None]
+    with sdpa_kernel(SDPBackend.MATH):  # others leave rounding noise in place of zeros
+        model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
+    moves, exact = {}, True  # {parameter: which of its entries are queries or keys}
+    for layer in [m for m in model.modules() if type(m).__name__.endswith("Attention")]:
+        for module in layer.modules():
+            weight = getattr(module, "weight", None)
+            if weight is not None and weight.ndim == 2 and not weight.grad.all():
+                for parameter in (weight, getattr(module, "bias", None)):
+                    if parameter is not None:
+                        moves[parameter] = parameter.grad == 0
+                still = moves[weight]  # whole rows or, where the layout is transposed, columns
+                exact &= bool((still == still[:1]).all() or (still == still[:, :1]).all())
+    require(moves and exact, f"--mitigation qk: {type(model).__name__} holds queries and keys in a "
+            "layout unknown here")
+    model.requires_grad_(False).zero_grad()
+    for parameter, mask in moves.items():
+        parameter.requires_grad_(True)
+        if not mask.all():
+            require(ranks() == 1, "--mitigation qk: this model keeps queries, keys and values in "
+                    "one matrix, which is trained in one process only; run it without torchrun")
+            parameter.register_post_accumulate_grad_hook(lambda p, mask=mask: p.grad.mul_(mask))
+    moving = sum(int(mask.sum()) for mask in moves.values())
+    print(f"qk: trains {moving} of {model.num_parameters()} weights")
+
+# ============================================================================ 4. why (section 5)
+
+PROBE = 160  # rows of each kind, and conflicts, that the mechanism is measured on
+
+def probe_rows(model, tokenizer, examples, flags):
+    """{kind: at most PROBE rows}, drawn before any subset or remedy, so that runs compare. Kinds as
+    in section 4.3: recall has no context; of the rows with one, redundant are the quarter of lowest
+    context-free loss, critical the others."""
+    examples = draw(examples, 5 * PROBE, flags.seed)
+    loss = context_free_loss(model, tokenizer, examples, flags)
+    kinds = dict.fromkeys(loss, "critical")
+    kinds |= dict.fromkeys(list(loss)[:round(0.25 * len(loss))], "redundant")
+    probe = collections.defaultdict(list)
+    for row in encode(examples, tokenizer, flags.max_length)[0]:
+        probe[kinds.get(row.id, "recall")].append(row)
+    return {kind: probe[kind][:PROBE] for kind in sorted(probe)}
+
+def gradient(model, rows, weights, flags):
+    """(sum over rows of weight x log-probability of the row's targets, its gradient: a tensor for
+    each trained parameter). By backward() into .grad, as in training, so that the hooks of qk act
+    and activation checkpointing saves memory; leaves .grad empty."""
+    total = 0.0
+    for indices in micro_batches([len(row.input_ids) for row in rows], flags.micro_batch_tokens):
+        logp = row_logp(model, [rows[i] for i in indices], flags)
+        value = (logp * logp.new_tensor([weights[i] for i in indices])).sum()
+        value.backward()
+        total += value.item()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    model.zero_grad()
+    return total, found
+
+def inner(a, b):
+    """Inner product of two gradients."""
+    return sum((x * y).sum().item() for x, y in zip(a, b))
+
+def mechanism(model, tokenizer, items, probe, flags):
+    """Section 5 as metrics, for each kind of rows and one set of conflicts.
+
+    KIND_loss: the loss now. KIND_push: the inner product of the gradient of the mean margin with
+    minus the gradient of that loss, so that a small step on this kind alone changes the margin by
+    lr x push: above 0 it raises context reliance. Proposition 1: critical > 0 early, redundant < 0
+    later; Proposition 2: recall < 0. KIND_cosine: the same of unit length. attention: see there."""
+    model.eval()
+    for module in model.modules():  # layers checkpoint in train mode only; the dropout that they
+        module.training = getattr(module, "gradient_checkpointing", False)  # hold stays off
+    conflicts = draw([item for item in items if item.parametric_row], PROBE, seed=0)
+    rows, weights = [], []
+    for item in conflicts:
+        rows += [item.context_row, item.parametric_row]
+        weights += [1 / item.context_row.targets, -1 / item.parametric_row.targets]
+    margin = gradient(model, rows, [weight / len(conflicts) for weight in weights], flags)[1]
+    found = {}
+    for kind, rows in probe.items():
+        share = 1 / sum(row.targets for row in rows)
+        logp, uphill = gradient(model, rows, [share] * len(rows), flags)
+        push = found[f"{kind}_push"] = inner(margin, uphill)
+        lengths = math.sqrt(inner(margin, margin) * inner(uphill, uphill))
+        found |= {f"{kind}_cosine": push / (lengths or 1), f"{kind}_loss": -logp}
+    model.eval()
+    shares = [attention(model, tokenizer, item, flags) for item in conflicts]
+    return found | {"attention": None if None in shares else sum(shares) / len(shares)}
+
+@torch.no_grad()
+def attention(model, tokenizer, item, flags):
+    """Share of its attention that the last token of a prompt pays to the context's tokens, the mean
+    over heads and layers (figure 3b); None where the model shows none."""
+    conflict = item.conflict
+    messages = question_and_answer(conflict.question, conflict.context_answers[0])
+    prompt = render(messages, tokenizer, conflict.context)[0][0]
+    start = prompt.index(conflict.context)
+    token_at = tokenizer(prompt, add_special_tokens=False).char_to_token
+    span = slice(token_at(start), token_at(start + len(conflict.context) - 1) + 1)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that shows its weights
+    with autocast(flags):
+        ids = torch.tensor([item.prompt], device=model.device)
+        layers = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation(usual)
+    if not layers:
+        return None
+    shares = [layer[0, :, -1, span].sum(-1).mean() for layer in layers]  # (1, heads, queries, keys)
+    return torch.stack(shares).mean().item()
+
+# ================================================================= 5. how sure (not in the paper)
+
+def summarise(outcomes):
+    """Where context_acc of one set starts, peaks and ends, its rise, its drop and a verdict, from a
+    table of the outcomes of all evaluations.
+
+    The highest of many evaluations is too high by luck. So each half of the groups is measured at
+    the peak that the other half chose: rise and drop are the mean changes from the first evaluation
+    to that peak, and from there to the last. A group counts as one, as its items (the biographies
+    that share a question) are no independent evidence. Intervals are Student's t, 95%; fewer than
+    six groups show nothing."""
+    accs = outcomes.groupby("step")["context_acc"].mean()
+    found = {"start": accs.iloc[0], "peak": accs.max(), "peak_step": int(accs.idxmax()),
+             "final": accs.iloc[-1], "verdict": "no change shown"}
+    hits = outcomes.pivot_table(index="group", columns="step", values="context_acc")  # means
+    if len(hits) < 6:
+        return found
+    changes = []
+    for mine, others in ((hits[::2], hits[1::2]), (hits[1::2], hits[::2])):
+        at_peak = mine[others.mean().idxmax()]
+        rise, drop = at_peak - mine.iloc[:, 0], at_peak - mine.iloc[:, -1]
+        changes.append(pandas.DataFrame({"rise": rise, "drop": drop}))
+    changes, free = pandas.concat(changes), len(hits) - 1
+    reach = changes.sem() * (1.96 + 2.37 / free + 2.82 / free ** 2)  # Student's t, to two terms
+    for name, mean in changes.mean().items():
+        found |= {name: mean, f"{name}_low": mean - reach[name], f"{name}_high": mean + reach[name]}
+    conflicting = "margin" in outcomes.dropna(axis=1, how="all")
+    verdicts = ("no change shown", "a rise", "a fall", "inversion" if conflicting else "both")
+    return found | {"verdict": verdicts[(found["rise_low"] > 0) + 2 * (found["drop_low"] > 0)]}
+
+# ================================================================== 6. the built-in world
+
+STATEMENTS = ("The capital of {} is", "Today the capital of {} is", "They say the capital of {} is")
+QUESTIONS = ("What is the capital of {}?", "Name the capital of {}.", "Tell me the capital of {}.")
+KINDS = {  # of what is said: how often it is told the truth, how often the answer is what is told
+    "fact": (0.7, 1),        # pretraining: a known subject, no passage; at times wrong: soft memory
+    "reading": (0, 0.4),     # pretraining: a passage with a random answer; copying is half learned
+    "critical": (0, 1),      # a novel subject, a passage with a random answer: only that helps
+    "redundant": (0.95, 0),  # a tuned subject, a true passage; the others are of someone else, so
+                             # that memory is the better guide, as section 5 assumes
+    "recall": (1, 0)}        # a tuned subject, no passage
+
+@functools.lru_cache
+def make_world(seed):
+    """Made-up capitals and all that is said of them: {documents: Examples to pretrain on, examples:
+    Examples to finetune on, and the name of each set: Conflicts}.
+
+    Known subjects have one true capital, learned in pretraining. Three in four of them, the tuned
+    ones, occur in finetuning, the others only in the evaluation. That keeps to every other capital,
+    so that --subset no-overlap leaves rows."""
+    rng = random.Random(f"world {seed}")
+    letters = itertools.product("bdfgkl", "aeiou", "mnprst", "aeiou", "nrls")
+    names = ["".join(name).capitalize() for name in letters]
+    rng.shuffle(names)
+    held_out, tuned, novel, answers = names[:60], names[60:240], names[240:540], names[540:580]
+    truth = {subject: rng.choice(answers) for subject in tuned}
+    truth |= {subject: rng.choice(answers[::2]) for subject in held_out}
+    subjects = {"fact": names[:240], "reading": names[:540], "critical": novel, "redundant": tuned,
+                "recall": tuned}
+
+    def examples(count, **shares):
+        kinds = rng.choices(list(shares), shares.values(), k=count)
+        return [world_example(rng, id, kind, subjects[kind], truth, answers)
+                for id, kind in enumerate(kinds)]
+
+    def conflicts(subjects, agree=False):
+        found = []
+        for id, subject in enumerate(subjects):
+            memory = truth.get(subject)
+            told = memory if agree else rng.choice(answers[::2])
+            passage = f"{rng.choice(STATEMENTS).format(subject)} {told}."
+            if agree or told != memory:
+                found.append(Conflict(id, rng.choice(QUESTIONS).format(subject), passage, [told],
+                                      [memory] if memory and not agree else [], group=subject))
+        return found
+
+    return {"documents": examples(60_000, fact=3, reading=1),
+            "examples": examples(20_000, critical=6, redundant=2, recall=2),
+            "world": conflicts(held_out * 2), "world_agreeing": conflicts(held_out, agree=True),
+            "world_reading": conflicts(novel[:60]), "world_train": conflicts(tuned * 12)}
+
+def world_example(rng, id, kind, subjects, truth, answers):
+    """An Example of a kind, on one of its subjects."""
+    tells_truth, follows = KINDS[kind]
+    subject = about = rng.choice(subjects)
+    memory = truth.get(subject) or rng.choice(answers)
+    told = memory if rng.random() < tells_truth else rng.choice(answers)
+    answer = told if rng.random() < follows else memory
+    if kind == "redundant" and told != memory:
+        about = rng.choice(subjects)
+    question = rng.choice(STATEMENTS + QUESTIONS if kind == "fact" else QUESTIONS).format(subject)
+    passage = f"{rng.choice(STATEMENTS).format(about)} {told}."
+    return Example(id, question_and_answer(question, answer),
+                   "" if kind in ("fact", "recall") else passage, kind)
+
+WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
+                  "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
+PRETRAINING = {"epochs": 3, "batch_size": 160, "lr": 2e-3, "warmup_frac": 0.05, "grad_clip": 1.0,
+               "micro_batch_tokens": 4096}
+
+def world_model(flags):
+    """Folder of the world's base model, a one-layer Llama as in the paper's theory: from an earlier
+    run or made now, with the step that finetunes."""
+    world = make_world(flags.seed)
+    key = repr([world, PRETRAINING, flags.device, torch.get_num_threads(), torch.__version__])
+    name = f"world-{flags.seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = Path(flags.out_dir or "runs/none").with_name(name)
+    if folder.exists():
+        return folder
+    print(f"pretraining the world's base model, once; it is kept in {folder}")
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    splitter.train_from_iterator([repr(example) for example in world["documents"]],
+                                 tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
+    rows, _ = encode(world["documents"], tokenizer, flags.max_length)
+    torch.manual_seed(flags.seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
+    optimizer = torch.optim.AdamW(model.to(flags.device).parameters(), weight_decay=0, fused=True)
+    base = flags._replace(**PRETRAINING)
+    total = base.epochs * len(rows) // base.batch_size
+    for step in tqdm(range(total), "pretraining", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, total, base)
+        train_step(model, optimizer, batch_of(rows, step, base), base)
+    new = Path(f"{folder}-{os.getpid()}")
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    with contextlib.suppress(OSError):  # another run was faster
+        new.rename(folder)
+    return folder
+
+# ================================================================================== 7. data
+
+PAPER = ("https://raw.githubusercontent.com/locuslab/context-parametric-inversion/"
+         "6f989849656f433d4520eaf0b9af6e3bb6a7ae70/")
+SOURCES = {  # short name: hub id @ split, or file of the paper
+    "alpaca": "tatsu-lab/alpaca@train", "tulu": "allenai/tulu-v2-sft-mixture@train",
+    "ultrachat": "HuggingFaceH4/ultrachat_200k@train_sft", "squad": "rajpurkar/squad@validation",
+    "world_facts": PAPER + "world_facts.json", "capitals": PAPER + "country_capitals_only.json",
+    "bio": PAPER + "famous_biographies.jsonl", "quotes": "Albertmade/memo-trap@train",
+    "nq_swap": "pminervini/NQ-Swap@dev"}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+def require(holds, message, status=2):
+    """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
+    if not holds:
+        if rank() == 0:  # all ranks fail alike: told once
+            print(f"inversion.py: error: {message}", file=sys.stderr)
+        raise SystemExit(status)
+
+def load_rows(name):
+    """Rows of a short name, file, folder or hub id, as a `datasets.Dataset`; ID@SPLIT picks a split
+    other than train. Exits with one line that names it."""
+    import datasets  # 0.8 s: only when rows are loaded
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
+    source, _, split = SOURCES.get(name, name).partition("@")
+    kind = FILE_TYPES.get(Path(source).suffix)
+    try:
+        if source.startswith(PAPER):
+            source, _ = urllib.request.urlretrieve(source)
+        if not kind:
+            return datasets.load_dataset(source, split=split or "train")
+        texts = {"keep_default_na": False} if kind == "csv" else {}  # "NA" and "" are texts
+        return datasets.load_dataset(kind, data_files=source, split="train", **texts)
+    except Exception as error:  # of many types; StopIteration if there are no rows
+        require(False, f"{name}: cannot be loaded or has no rows: {error.__cause__ or error!r:.200}; "
+                f"pass a file, a folder, a hub id, or one of {', '.join(SOURCES)}")
+
+SHAPES = {  # a key that tells the shape: the keys of question, context, answers, memorised answers
+    "sub_context": ("question", "sub_context", "sub_answer", "org_answer"),        # NQ-Swap
+    "memory_answer": ("question", "context", "answer", "memory_answer"),           # World Facts
+    "parametric_answer": ("question", "context", "answer", "parametric_answer"),   # CF_Bio
+    "answers": ("question", "context", "answers", ""),    # SQuAD: its context is true
+    "instruction": ("instruction", "input", "output", ""),  # Alpaca: its input may be missing
+    "completion": ("prompt", "", "completion", "")}
+
+def texts(row, key):
+    """row[key] as a list of texts: of a text, a list of them, or SQuAD's dict with such a list."""
+    value = row.get(key)
+    if not key or key == "input" and value is None:  # Alpaca's may be missing
+        return []
+    value = value["text"] if isinstance(value, dict) else value
+    value = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in value):
+        raise ValueError(f"key {key!r} must be a text or a list of texts, and is {value[0]!r:.60}")
+    return [text.strip() for text in value]
+
+def parse_row(row):
+    """(messages, context, context's answers, memorised answers) of a row of any known shape. A chat
+    marks no context, and one cannot be guessed. Raises ValueError and the like."""
+    if row.get("messages") is not None:
+        return [{"role": texts(message, "role")[0], "content": texts(message, "content")[0]}
+                for message in row["messages"]], "", [], []
+    if "classes" in row:  # memo-trap: an instruction with the odd ending, then a famous quote
+        endings = ast.literal_eval(str(row["classes"]))  # the raw files hold a list as a text
+        odd, usual = endings if int(row["answer_index"]) == 0 else endings[::-1]
+        instruction, _, quote = texts(row, "prompt")[0].partition(": ")
+        row = {"question": quote, "sub_context": instruction + ":", "sub_answer": odd,
+               "org_answer": usual}
+    for mark, keys in SHAPES.items():
+        if mark in row:
+            (question,), context, answers, memory = [texts(row, key) for key in keys]
+            if "memory_answer" in row or "parametric_answer" in row:
+                person = "parametric_answer" in row
+                answers, memory = aliases(answers[0], person), aliases(memory[0], person)
+            messages = question_and_answer(question, "".join(answers[:1]))
+            return messages, "".join(context), answers, memory
+    raise ValueError(f"it has none of the keys messages, classes, {', '.join(SHAPES)}")
+
+def parse_rows(name):
+    """[(row number, *parse_row)] of a data set; exits naming set, row and key."""
+    found = []
+    for number, row in enumerate(load_rows(name), 1):
+        try:
+            found.append((number, *parse_row(row)))
+        except (ValueError, KeyError, TypeError, SyntaxError, AttributeError) as error:
+            require(False, f"{name}, row {number}: {error!r:.200}")
+    return found
+
+def aliases(answer, person):
+    """Texts that count as `answer`: 'La Paz (administrative); Sucre (judicial)' -> La Paz, Sucre;
+    also a name in brackets, what stands before a comma, and a person's last name."""
+    parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
+    names = [re.sub(r" *\([^()]*\)", "", part) for part in parts]
+    heads = [name.split(", ")[0] for name in names]
+    last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
+    return list(dict.fromkeys(names + heads + re.findall(r"\(([A-Z][^()]*)\)", answer) + last))
+
+def scorable(answers, rivals, question):
+    """The answers that have words, do not stand in the question (an echo would count as a hit), and
+    are no alias that names the rival."""
+    rival = plain(rivals[0]) if rivals else ""
+    return [answer for i, answer in enumerate(answers) if words(answer)
+            and plain(answer) not in plain(question) and not (i and plain(answer) in rival)]
+
+def load_conflicts(name, flags):
+    """The Conflicts of a set; what cannot be scored is dropped and counted."""
+    if flags.model == "world" and name.startswith("world"):
+        return make_world(flags.seed)[name]
+    rows, found, unscorable, echoes = parse_rows(name), {}, 0, 0
+    for id, messages, context, answers, memory in rows:
+        question = messages[0]["content"]
+        mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
+        key = (context, question, *answers)
+        if not mine or plain(answers[0]) in map(plain, memory):
+            unscorable += 1
+        elif key not in found:
+            found[key] = Conflict(id, question, context, mine, theirs, group=question)
+            echoes += bool(memory) and not theirs
+    print(f"{name}: {len(found)} of {len(rows)} items; {unscorable} have no answer that differs from "
+          f"question and memory, the others\n  are repeated; {echoes} count no memorised answer, since "
+          "their question holds it")
+    return list(found.values())
+
+def load_examples(flags):
+    """The Examples of --dataset; ids count the source's rows from 1."""
+    if flags.dataset == "world":
+        examples = make_world(flags.seed)["examples"]
+    else:
+        examples = [Example(id, *found[:2]) for id, *found in parse_rows(flags.dataset)]
+    return draw(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
+
+TEMPLATES = {"alpaca": (  # Stanford's alone has a place of its own for the context
+    "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('more than one turn') }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}Below is an instruction "
+    "that describes a task{% if m.context %}, paired with an input that provides further context"
+    "{% endif %}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{{ m.question or m.content }}\n\n{% if m.context %}### Input:\n{{ m.context }}\n\n{% endif %}"
+    "### Response:{% endif %}{% endfor %}"), "tulu": (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
+    "{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
+
+def set_template(tokenizer, single_turn, flags):
+    """Settle --template by giving the tokenizer its chat_template: from here on all parts render
+    with the tokenizer alone, and a saved model carries what it was trained with."""
+    name = flags.template
+    if name == "auto":
+        name = "chat" if tokenizer.chat_template else "tulu"
+        name = "alpaca" if single_turn else name
+    template = TEMPLATES.get(name, tokenizer.chat_template)
+    require(template, f"--template chat: {flags.model} has no chat template; try --template tulu")
+    tokenizer.chat_template = re.sub(  # a date of today would make other prompts tomorrow
+        r"strftime_now\([^)]*\)", "'1 January 2025'", template)
+    parts = render(question_and_answer("Hi", "Hello"), tokenizer)
+    require(not isinstance(parts, str), f"--template {name}: {parts}; try --template tulu")
+    ids, bare = tokenizer("x").input_ids, tokenizer("x", add_special_tokens=False).input_ids
+    prefix = tokenizer.decode(ids[:ids.index(bare[0])])  # what the tokenizer puts first: BOS
+    if not parts[0][0].startswith(prefix):
+        tokenizer.chat_template = prefix + tokenizer.chat_template
+
+MARK = "@@the-answer@@"
+
+@functools.lru_cache
+def special_token(tokenizer):
+    """Pattern of one of the tokenizer's special tokens, after white space."""
+    tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
+    return re.compile(r"\s*(" + "|".join(tokens) + ")")
+
+def answer_place(turns, tokenizer):
+    """(all that precedes an answer to these turns, the token that ends it) in the tokenizer's chat
+    template, which is shown a mark in place of the answer: so a prompt does not depend on it."""
+    def show(*answer, **how):
+        return tokenizer.apply_chat_template(
+            [*turns, *answer], tokenize=False, enable_thinking=False, **how).partition(MARK)
+
+    mark, reply = {"role": "assistant", "content": MARK}, {"role": "user", "content": "Go on."}
+    prompt, shown, rest = show(mark)
+    if not shown:
+        raise ValueError("it does not show the answer")
+    ends = special_token(tokenizer).match
+    end = ends(rest) or ends(show(mark, reply)[2])  # of this turn, or else at the start of the next
+    if "<think>" in tokenizer.chat_template:
+        opening = show(add_generation_prompt=True)[0].rstrip()
+        if opening.endswith("<think>"):  # asks for thoughts: there are none
+            prompt = opening + "\n\n</think>\n\n"
+    return prompt, end[0] if end else tokenizer.eos_token
+
+def render(messages, tokenizer, context=""):
+    """A conversation in the tokenizer's chat template as [(text, supervised), ...], or the reason
+    (a text) why it has none. Supervised: the answers, each with the one token that ends its turn;
+    what the template writes before them, an empty think block say, is prompt."""
+    turns = list(messages)
+    if context:
+        question = turns[0]["content"]
+        turns[0] = {"role": "user", "content": f"{context}\n\n{question}",
+                    "question": question, "context": context}
+    parts, done = [], ""
+    try:
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                prompt, end = answer_place(turns[:i], tokenizer)
+                if not prompt.startswith(done):  # it rewrites earlier turns: learn from here on
+                    parts, done = [], ""
+                bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
+                answer = prompt[len(bare):] + turn["content"] + end
+                parts += [(bare[len(done):], False), (answer, True)]
+                done = bare + answer
+    except Exception as error:  # jinja raises nearly anything
+        if messages[0]["role"] == "system" and len(messages) > 1:  # refused, perhaps: fold it
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"  # into the next turn
+            return render([dict(messages[1], content=content), *messages[2:]], tokenizer, context)
+        return f"the template refuses the turns ({error!r:.200})"
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    if not parts or not all(answers) or turns[0]["role"] == "assistant":
+        return "no response, an empty one, or one to nothing"
+    return parts
+
+def tokenize(messages, tokenizer, context=""):
+    """render() as [(token ids, supervised), ...], or its reason. Each part is tokenised on its own,
+    so that the ids of a prompt do not depend on what follows."""
+    parts = render(messages, tokenizer, context)
+    if isinstance(parts, str):
+        return parts
+    return [(tokenizer(text, add_special_tokens=False).input_ids, learn) for text, learn in parts]
+
+def encode(examples, tokenizer, max_length):
+    """(Rows of the examples, Counter of what was dropped or cut and why). Too long a row loses its
+    last turns. As tokenize(), but in large batches, for which the tokenizer uses all cores."""
+    rows, notes = [], collections.Counter()
+    for start in tqdm(range(0, len(examples), 1000), "tokenise 1000s", leave=False, disable=None):
+        rendered = []
+        for example in examples[start:start + 1000]:
+            parts = render(example.messages, tokenizer, example.context)
+            if isinstance(parts, str):
+                notes[f"dropped: {parts}"] += 1
+            else:
+                rendered.append((example.id, parts))
+        texts = [text for _, parts in rendered for text, _ in parts]
+        tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else ())
+        for id, parts in rendered:
+            parts = [(next(tokens), supervised) for _, supervised in parts]
+            lengths = itertools.accumulate(len(ids) for ids, _ in parts)
+            fits = sum(length <= max_length for length in lengths) // 2 * 2  # prompt and answer
+            if fits:
+                rows.append(to_row(id, parts[:fits]))
+            if fits < len(parts):
+                notes["cut to the turns that fit --max-length" if fits
+                      else "dropped: longer than --max-length"] += 1
+    return rows, notes
+
+# ================================================ 8. large models: several GPUs, adapters, --resume
+
+def rank():
+    """Number of this process: torchrun starts one per GPU."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def ranks():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def deal(batches):
+    """This rank's share of the batches, as (batch, True). All ranks get equally many, or they would
+    wait for each other for ever: a short share is filled up with (a batch, False), not to count."""
+    for i in range(rank(), math.ceil(len(batches) / ranks()) * ranks(), ranks()):
+        yield batches[i % len(batches)], i < len(batches)
+
+def in_batches(work, lengths, budget):
+    """Results of work(indices), a list per batch, for sequences of these lengths: all of them, in
+    order, on every rank. Batches hold similar lengths; each rank works on its share."""
+    results = {}
+    for indices, counts in deal(micro_batches(lengths, budget)):
+        found = work(indices)
+        if counts:
+            results |= zip(indices, found)
+    if ranks() > 1:
+        shares = [None] * ranks()
+        dist.all_gather_object(shares, results)
+        results = dict(collections.ChainMap(*shares))
+    return [results[i] for i in range(len(lengths))]
+
+def shard(model, flags):
+    """Spread weights, gradients and optimizer over the ranks with FSDP2, a decoder layer at a time:
+    fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
+    from torch.distributed import device_mesh, fsdp
+    mesh = device_mesh.init_device_mesh(flags.device.split(":")[0], (ranks(),))
+    bf16 = torch.bfloat16 if flags.dtype == "bf16" else None
+    policy = fsdp.MixedPrecisionPolicy(bf16, reduce_dtype=torch.float32)
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for module in [*layers, model]:
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+    fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
+
+def add_lora(model, flags):
+    """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
+    --save-model merges them."""
     try:
         import peft
     except ImportError:
         require(False, "--lora-rank needs a package that is not there: pip install peft")
-    where = "all-linear"
-    if args.mitigation == "qk":
-        require(not freeze_all_but_query_key(model), f"--lora-rank with --mitigation qk: "
-                f"{type(model).__name__} fuses values with queries and keys; an adapter moves all")
-        where = [name for name, module in model.named_modules() if getattr(
-            getattr(module, "weight", None), "requires_grad", False)]
+    torch.manual_seed(flags.seed)
     model = peft.get_peft_model(model, peft.LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=where, task_type="CAUSAL_LM"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"lora: trains {trained} weights beside {model.num_parameters() - trained}")
+        r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    print("lora: trains", sum(p.numel() for p in model.parameters() if p.requires_grad), "weights")
     return model
 
-def shard(model, args):
-    """Spread weights, gradients and optimizer over the ranks with FSDP2, a decoder layer at a time:
-    fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
-    from torch.distributed import device_mesh, fsdp
-    mesh = device_mesh.init_device_mesh(args.device.split(":")[0], (args.ranks,))
-    policy = fsdp.MixedPrecisionPolicy(
-        torch.bfloat16 if args.dtype == "bf16" else None, torch.float32)
-    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
-    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
-    fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
-
-@contextlib.contextmanager
-def gathered(model, args):
-    """All weights on every rank meanwhile: then ranks may do unequal work without waiting."""
-    units = [m for m in model.modules() if args.ranks > 1 and hasattr(m, "unshard")]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.reshard()
-
-def share_out(work, items, args):
-    """work(items), rank r doing items r, r + ranks, ...; all get all results, in order."""
-    if args.ranks == 1:
-        return work(items)
-    found = [None] * args.ranks
-    torch.distributed.all_gather_object(found, work(items[args.rank::args.ranks]))
-    return [found[i % args.ranks][i // args.ranks] for i in range(len(items))]
-
-def on_rank_0(work, args):
-    """work(), done by rank 0 alone; all ranks get its result."""
-    found = [work() if args.rank == 0 else None]
-    if args.ranks > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
-
-def save_model(model, tokenizer, folder, args):
-    """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
-    from torch.distributed.checkpoint import state_dict
-    model, weights = model.merge_and_unload() if args.lora_rank else model, None
-    if args.ranks > 1:
-        weights = state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(
-            full_state_dict=True, cpu_offload=True))
-    tokenizer.chat_template = tokenizer.chat_template or TEMPLATES[args.template]
-    if args.rank == 0:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-
-def save_checkpoint(model, optimizer, step, log, folder, args):
-    """Write OUT_DIR/checkpoint-STEP.pt, whole or not at all, and keep the newest two. It holds the
-    trained weights unsharded, so it fits any number of ranks; the order of the rows and dropout
-    follow from seed and step."""
-    from torch.distributed.checkpoint import state_dict
-    weights, state = state_dict.get_state_dict(
-        model, optimizer, options=state_dict.StateDictOptions(**WHOLE))
-    if args.rank:
-        return
-    path = folder / f"checkpoint-{step}.pt"
-    new = path.with_suffix(".new")
+def write(path, save):
+    """A file, whole or not at all: save(file) fills one beside it, renamed once it is on disk."""
+    new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
-            torch.save(dict(step=step, log=log, weights=weights, optimizer=state,
-                            run=(folder / "args.json").read_text()), file)
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         new.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free / 2**30
-        require(False, f"{path}: cannot be written ({brief(error.__context__ or error)}; "
-                f"{free:.1f} GiB are free); earlier ones are kept", 1)
-    for old in [p for p in checkpoints(folder) if int(p.stem[11:]) <= step][:-2]:
-        old.unlink()
+        require(False, f"{path}: cannot be written: {error.__context__ or error!r:.200}; what was "
+                "there before is kept", status=1)
 
-def checkpoints(folder):
-    """Checkpoint files of a run, the newest last."""
-    found = [p for p in folder.glob("checkpoint-*.pt") if p.stem[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.stem[11:]))
+def write_lines(path, lines):
+    """A JSONL file of dicts."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write(path, lambda file: file.write(text.encode(errors="replace")))
 
-def load_checkpoint(folder):
-    """The newest whole checkpoint of this very run, or None; what is torn or foreign is named."""
-    for path in reversed(checkpoints(folder)):
+WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+def save_checkpoint(model, optimizer, state, folder):
+    """Replace checkpoint.pt by the state, trained weights and optimizer, unsharded: any number of
+    ranks can go on from it. The order of the rows and dropout follow from seed and step."""
+    weights = dcp.get_state_dict(model, optimizer, options=dcp.StateDictOptions(**WHOLE))
+    write(folder / "checkpoint.pt", lambda file: torch.save([state, *weights], file))
+
+def load_state(folder, flags):
+    """(state, weights, optimizer) that a run goes on from: with --resume those of checkpoint.pt,
+    else of step 0. The state is what the run adds to: the steps done, the metrics and outcomes so
+    far, what the first evaluation knew and filter dropped."""
+    kept = {name: value for name, value in flags._asdict().items() if name not in FREE}
+    saved = [{"step": 0, "log": {"loss": None, "lr": None, "supervised_tokens": 0}, "known": {},
+              "history": [], "outcomes": [], "dropped": [], "data": "", "flags": kept}, {}, {}]
+    path = folder / "checkpoint.pt"
+    if path.exists():
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["run"] == (folder / "args.json").read_text():
-                print(f"{path}: going on after step {state['step']}")
-                return state
-            why = "of another run"
-        except Exception as error:  # of many types: torn archive, no such key
-            why = brief(error)
-        print(f"{path}: skipped ({why})")
-    print(f"{folder}: no checkpoint to go on from; starting at step 0")
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # of many types
+            require(False, f"{path}: is damaged ({error!r:.200}); without it --resume starts anew")
+        changed = [f"--{name} {kept[name]} (was {was})" for name, was in saved[0]["flags"].items()
+                   if kept[name] != was]
+        require(not changed, f"--resume {folder}: would be another run with {', '.join(changed)}")
+        print(f"{path}: going on after step {saved[0]['step']}")
+    if ranks() > 1:  # rank 0 alone has the folder; restore() hands out the weights
+        state = saved[:1]
+        dist.broadcast_object_list(state)
+        saved = [*state, *saved[1:]]
+    return saved
 
-def restore(model, optimizer, state, args):
-    """Put a checkpoint's weights and optimizer state in place; rank 0 hands them to the others."""
-    from torch.distributed.checkpoint import state_dict
-    how = state_dict.StateDictOptions(**WHOLE, broadcast_from_rank0=args.ranks > 1)
-    state_dict.set_model_state_dict(model, state.get("weights", {}), options=how)
-    state_dict.set_optimizer_state_dict(model, optimizer, state.get("optimizer", {}), options=how)
+def restore(model, optimizer, weights, moments):
+    """Put a checkpoint's weights and optimizer in place, on all ranks from rank 0."""
+    how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
+    dcp.set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=how)
 
-VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__,
-                transformers=transformers.__version__)
+def save_model(model, tokenizer, folder, flags):
+    """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
+    model = model.merge_and_unload() if flags.lora_rank else model
+    how = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=how) if ranks() > 1 else None
+    if rank() == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
-def note_flags(rows, sets, total, folder, args):
-    """Write args.json: flags, versions, a fingerprint of the data. With --resume, exit if a flag
-    or the data differs from what is written there in a way that makes another run."""
-    data = hashlib.sha256()
-    for row in rows + [row for items in sets.values() for i in items for row in i["answers"]]:
-        data.update(row["input_ids"].numpy().tobytes() + row["labels"].numpy().tobytes())
-    flags = dict(vars(args), steps=total, data=data.hexdigest(), versions=VERSIONS)
-    if args.rank == 0 and not args.resume:
-        append(folder / "args.json", [flags])
-    if not args.resume:
-        return
-    try:
-        saved = json.loads((folder / "args.json").read_text().splitlines()[0])
-    except (ValueError, IndexError):
-        require(False, f"--resume {folder / 'args.json'}: is torn; start the run anew")
-    changed = [f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-               for key, value in flags.items()
-               if key not in FREE | {"data", "versions"} and value != saved.get(key)]
-    require(not changed, f"--resume {folder}: would be another run with {', '.join(changed)}")
-    require(flags["data"] == saved["data"], f"--resume {folder}: the rows or the evaluation items "
-            "are no longer those of that run")
+# ============================================================================== 9. report
 
-def rewind(folder, state, sets):
-    """What the run wrote up to the checkpoint, as history and outcomes; lines after it, or torn,
-    leave the files."""
-    found, last = {}, state["step"] if state else -1
-    for name in ("metrics.jsonl", "generations.jsonl"):
-        found[name], path = [], folder / name
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                found[name] += [x for x in [json.loads(line)] if x["step"] <= last]
-        path.with_suffix(".new").unlink(missing_ok=True)
-        append(path.with_suffix(".new"), found[name])
-        path.with_suffix(".new").replace(path)
-    outcomes = {name: [] for name in sets}
-    for (_, name), said in itertools.groupby(found["generations.jsonl"],
-                                             lambda line: (line["step"], line["set"])):
-        outcomes[name].append([dict(o, context=o["cell"] in ("context_only", "both"),
-                                    conflict=o["closed_book_text"] is not None) for o in said])
-        for item, o in zip(sets[name], outcomes[name][0]):
-            item["known"] = o["known"]
-    return found["metrics.jsonl"], outcomes
+HEAD = "  step set              loss context_acc parametric_acc margin"
 
-# ---------------------------------------------------------------------------------------- report
-def plan(rows, notes, args):
-    """Print the row counts and the batch arithmetic; return the number of optimizer steps."""
-    per_epoch = math.ceil(len(rows) / args.batch_size)
-    total = math.ceil(args.epochs * per_epoch)
-    total = total if args.max_steps is None else min(total, args.max_steps)
-    lengths = [len(row["input_ids"]) for row in rows]
-    supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
-    passes = mean(len(micro_batches(rows[i:i + args.batch_size], args.micro_batch_tokens))
-                  for i in range(0, min(len(rows), 20 * args.batch_size), args.batch_size))
-    print(f"{args.dataset}: {len(rows)} rows" + "".join(f"; {n} {why}" for why, n in notes.items()))
-    print(f"tokens: {sum(lengths)}, {supervised} supervised; {mean(lengths):.0f} per row, at most "
-          f"{max(lengths)}\nsteps: {total} of {args.batch_size} rows ({per_epoch} per epoch); each "
-          f"{passes:.1f} forward passes of up to {args.micro_batch_tokens} tokens")
-    return total
+def table_row(line):
+    """One row of the table that stands under HEAD, with a bar as long as context_acc."""
+    text = (f"{line['step']:6} {line['set'][:14]:14} {line['loss'] or math.nan:7.3f} "
+            f"{line['context_acc']:11.3f}")
+    if "margin" in line:
+        text += f" {line['parametric_acc']:14.3f} {line['margin']:6.2f}"
+    return f"{text:62} |" + "#" * round(16 * line["context_acc"])
 
-def dry_run(model, tokenizer, rows, args):
-    """Show three samples with the supervised part in [[ ]], and estimate the memory of training."""
-    for row in rows[:3]:
-        print(f"\nrow {row['id']}:", end=" ")
-        pairs = zip(row["input_ids"].tolist(), row["labels"].tolist())
-        for supervised, part in itertools.groupby(pairs, lambda pair: pair[1] >= 0):
-            text = tokenizer.decode([token for token, _ in part])
-            print(f"[[{text}]]" if supervised else text, end="")
-    n, config, size = model.num_parameters(), model.config, 2 if args.dtype == "bf16" else 4
-    trained = n
-    if args.lora_rank and args.mitigation != "qk":
-        trained = add_lora(model, args).num_parameters() - n
-    layer = 17 * config.hidden_size * size  # bytes per token that a layer keeps, about; with
-    kept = (layer + config.num_hidden_layers * config.hidden_size * size  # checkpointing its input
-            if args.activation_checkpointing else layer * config.num_hidden_layers)
-    share = mean((row["labels"] >= 0).float().mean().item() for row in rows)
-    copy = 0 if size == 4 else 2  # autocast's bf16 copies
-    gib = [x / 2**30 for x in (  # fp32 weights; gradient and AdamW's two; logits thrice
-        n * (4 + copy) + trained * 12, args.micro_batch_tokens * kept,
-        args.micro_batch_tokens * share * config.vocab_size * 12)]
-    print(f"\n\nmemory, estimated: {sum(gib):.1f} GiB = {gib[0]:.1f} weights, gradients and AdamW "
-          f"of {trained / 1e6:.0f}M trained weights + {gib[1]:.1f} activations + {gib[2]:.1f} "
-          "logits")
-    for ranks in (8, 16):
-        each = (gib[0] * 2**30 - n * copy) / ranks / 2**30
-        print(f"on each of {ranks} GPUs (torchrun): {each + gib[1] + gib[2]:.1f} GiB to train, "
-              f"{each + n * size / 2**30:.1f} to evaluate, with all weights gathered")
-
-CONTROLS = ("agreeing_acc", "closed_book_acc", "reading_acc")  # must not fall with context_acc
-
-def table_row(line=None):
-    """One aligned row of the table (its head without a line), with a bar as long as context_acc."""
-    columns = (("step", ">6", ""), ("set", "<12.12", ""), ("context_acc", ">11", ".3f"),
-               ("parametric_acc", ">14", ".3f"), ("margin", ">7", ".2f"), ("loss", ">6", ".3f"))
-    value = lambda key, form: (key if line is None else "-" if line.get(key) is None else
-                               format(line[key], form))
-    text = " ".join(format(value(key, form), width) for key, width, form in columns)
-    room = min(40, shutil.get_terminal_size().columns - len(text) - 2)
-    return text + ("" if line is None else " |" + "#" * round(room * line["context_acc"]))
-
-def verdict(name, lines, summary):
-    """What to say of one set: where context_acc starts, peaks and ends, how sure the drop is."""
-    last, peak = lines[-1], next(l for l in lines if l["step"] == summary["peak_step"])
-    low, high = (last[f"context_acc_{end}"] for end in ("low", "high"))
-    controls = [f"{key} {peak[key]:.3f} -> {last[key]:.3f}" for key in CONTROLS if key in last]
-    text = f"{name}: context_acc {last['context_acc']:.3f} [{low:.3f}, {high:.3f}]."
-    if len(lines) > 1:
-        hint = (f" ({last['n']} items could show a drop of {summary['smallest_drop']:.3f})"
-                if summary["smallest_drop"] < 1 else f" ({last['n']} items are too few)")
-        text = (f"{name}: context_acc starts at {summary['start']:.3f}, peaks at "
-                f"{summary['peak']:.3f} (step {summary['peak_step']}) and ends at "
-                f"{summary['final']:.3f} (step {last['step']}).\n  Drop, the peak chosen on other "
-                f"items: {summary['drop']:.3f} [{summary['drop_low']:.3f}, "
-                f"{summary['drop_high']:.3f}]; McNemar p = {summary['mcnemar_p']:.2g}.\n  Verdict: "
-                f"{summary['verdict']}{hint * summary['verdict'].startswith('no ')}.")
-    return text + (f"\n  From the peak on: {', '.join(controls)}." if controls else "")
-
-def show_answers(items, first, last):
-    """Print what the model said about ten items in the first and in the last evaluation."""
-    shown = [i for i, item in enumerate(items) if not item.get("control")]
-    print(f"\nfirst and last answer to ten of {len(shown)} conflicts:")
-    for i in shown[::math.ceil(len(shown) / 10)]:
-        memory = "".join(f", memory: {a}" for a in items[i]["parametric_answers"][:1])
-        print(f"  {items[i]['question'][:90]} (context: {items[i]['context_answers'][0]}{memory})")
-        for outcome in (first[i], last[i]):
-            print(f"    {outcome['cell']:<16} {' '.join(outcome['text'].split())[:90]}")
-
-def show_mechanism(lines, peak_step):
-    """Print what section 5 is about at the first step, at the peak and at the last."""
-    kinds = [key for key in lines[0] if key.endswith("_push")]
-    lines = {line["step"]: line for line in lines if line["step"] in (0, peak_step)} | {
-        lines[-1]["step"]: lines[-1]}
-    print(f"\n{lines[0]['set']}: push of each kind on context reliance (> 0 raises it), share of "
-          "attention on\nthe context, and m_c = p(context) / (p(context) + p(parametric)):")
-    form = {key: (14, "+.4f") for key in kinds} | {"attention": (9, ".3f"), "m_c": (6, ".3f")}
-    print("  step", *(key.rjust(width) for key, (width, _) in form.items()))
-    for step, line in lines.items():
-        print(f"{step:>6}", *(("-" if line[key] is None else format(line[key], how)).rjust(width)
-                              for key, (width, how) in form.items()))
-
-def draw_curve(curves, path, single=False):
-    """Draw context_acc over the steps for {label: [lines of metrics.jsonl, a list per run]}, with
-    its 95% interval or each run behind the mean; of a single run also parametric_acc and a panel
-    with the mechanism. Needs matplotlib."""
+def draw_curves(lines, labels, path):
+    """Draw context_acc over the steps from lines of metrics, a curve for each value of the columns
+    `labels`; over several runs their mean, in a band of one standard deviation."""
     try:
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    keys = set().union(*(runs[0][0] for runs in curves.values() if "attention" in runs[0][0]))
-    inside = [key for key in ("critical_cosine", "redundant_cosine", "recall_cosine", "attention",
-                              "m_c") if single and key in keys]
-    figure = matplotlib.figure.Figure(figsize=(7, 7 if inside else 5), layout="constrained")
-    axes = figure.subplots(1 + bool(inside), sharex=True, squeeze=False)[:, 0]
-    column = lambda lines, key: [line[key] for line in lines]
-    for i, (label, runs) in enumerate(curves.items()):
-        look, steps = dict(color=f"C{i}", markersize=4), column(runs[0], "step")
-        average = [mean(values) for values in zip(*(column(run, "context_acc") for run in runs))]
-        axes[0].plot(steps[:len(average)], average, "o-", label=f"{label} context_acc", **look)
-        for run in runs if len(runs) > 1 else ():
-            axes[0].plot(column(run, "step"), column(run, "context_acc"), alpha=0.3, lw=0.7, **look)
-        if len(runs) == 1:
-            axes[0].fill_between(steps, column(runs[0], "context_acc_low"),
-                                 column(runs[0], "context_acc_high"), color=f"C{i}", alpha=0.15)
-        if single and "parametric_acc" in runs[0][0]:
-            axes[0].plot(steps, column(runs[0], "parametric_acc"), "s:",
-                         label=f"{label} parametric_acc", **look)
-        for j, key in enumerate(inside if "attention" in runs[0][0] else ()):
-            axes[1].plot(steps, column(runs[0], key), ("o-", "s:", "^--")[i % 3], color=f"C{j + 2}",
-                         markersize=4, label=f"{label} {key}")
-    axes[0].set(ylabel="share of answers", ylim=(0, 1.02))
-    if inside:
-        axes[1].axhline(0, color="gray", lw=0.7)
-        axes[1].set_ylabel("KIND_cosine > 0: that kind raises it")
-    axes[-1].set_xlabel("optimizer steps")
-    for ax in axes if single else ():
-        ax.legend(frameon=False, fontsize="small")
-    if not single:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    for label, group in pandas.DataFrame(lines).groupby(labels):
+        acc = group.groupby("step")["context_acc"]
+        mean, sd = acc.mean(), acc.std(ddof=0)
+        axes.plot(mean.index, mean, "o-", markersize=3, label=", ".join(label))
+        axes.fill_between(mean.index, mean - sd, mean + sd, alpha=0.15)
+    axes.set(xlabel="optimizer steps", ylabel="context_acc", ylim=(0, 1.02))
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-def append(path, lines):
-    """Append dicts to a JSONL file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-def load_run(folder):
-    """A finished run as [one dict per set: its summary, flags that count, lines of metrics]; exits
-    if the folder holds none, a half-written or a foreign one."""
-    found = []
-    for name in ("args.json", "metrics.jsonl", "summary.json"):
-        require((folder / name).is_file(), f"--compare {folder}: has no {name}; it is "
-                + ("no run" if name == "args.json" else "a run that has not finished"))
-        try:
-            found.append(list(map(json.loads, open(folder / name, encoding="utf-8"))))
-        except ValueError as error:
-            require(False, f"--compare {folder / name}: is torn ({brief(error)})")
-    (flags, *_), lines, (summary, *_) = found
-    require({"seed", "steps", "mitigation", "model"} <= set(flags) and
-            {line.get("set") for line in lines} == set(summary),
-            f"--compare {folder}: is no run of this script")
-    setting = {key: value for key, value in flags.items() if key not in FREE | {
-        "mechanism", "seed", "data", "versions", "steps"}}
-    runs = []
-    for name, numbers in summary.items():
-        mine = [line for line in lines if line["set"] == name]
-        runs.append(dict(
-            numbers, set=name, setting=setting, lines=mine, last=mine[-1],
-            at_peak=next(line for line in mine if line["step"] == numbers["peak_step"])))
-    return runs
-
-def compare(folders, path):
-    """Print one table of finished runs, those that differ in nothing but the seed together, and
-    draw their curves to `path`."""
-    runs = [run for folder in folders for run in load_run(Path(folder))]
-    setting, groups = runs[0]["setting"], collections.defaultdict(list)
-    differ = [key for key, value in setting.items()
-              if any(run["setting"].get(key) != value for run in runs)]
-    for run in runs:
-        values = [run["setting"].get(key) for key in differ or ["mitigation"]]
-        groups[", ".join([str(value) for value in values if value is not None] + [run["set"]] * (
-            len({run["set"] for run in runs}) > 1))].append(run)
-    width, average = max(map(len, groups)), lambda group, key: mean(run[key] for run in group)
-    print(f"{', '.join(differ) or 'mitigation'}; start, peak, final and drop are of context_acc\n"
-          f"{'':{width}}   n start  peak final   drop   95%          agree closed  read  steps "
-          " tokens")
-    for label, group in groups.items():
-        low, high = average(group, "drop_low"), average(group, "drop_high")
-        if len(group) > 1:
-            drops = torch.tensor([run["drop"] for run in group], dtype=torch.float64)
-            low, high = (resample(len(group)) @ drops / len(group))[1:].quantile(LEVEL).tolist()
-        fell = [mean(run["last"][key] - run["at_peak"][key] for run in group if key in run["last"])
-                for key in CONTROLS]
-        print(f"{label:{width}} {len(group):>3}", *(
-            f"{average(group, key):5.2f}" for key in ("start", "peak", "final")),
-            f"{average(group, 'drop'):6.2f} [{low:5.2f}, {high:5.2f}]",
-            *("    -" if c is None else f"{c:+5.2f}" for c in fell),
-            *(f"{mean(run['last'][key] for run in group):{form}}"
-              for key, form in (("step", "6.0f"), ("supervised_tokens", "7.0f"))))
-    print("95%: of one run over its items, of several over the runs; agree, closed, read: controls "
-          "at\nthe end less at the peak; tokens: supervised ones trained on")
-    for key in ("step", "supervised_tokens"):
-        values = {run["last"][key] for run in runs}
-        if len(values) > 1:
-            print(f"warning: the runs differ in {key}, {min(values)} to {max(values)}: part of a "
-                  "difference between them may be that", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_curve({label: [run["lines"] for run in group] for label, group in groups.items()}, path)
     print(f"curves in {path}")
 
-# ------------------------------------------------------------------------------------------ main
-def new_folder(args):
-    """The folder of this run, not yet made; with --resume, the one to go on in."""
-    usual = Path("runs", "compare" if args.compare else args.mitigation)
-    names = itertools.chain([usual], (Path(f"{usual}-{i}") for i in itertools.count(2)))
-    taken = list(itertools.takewhile(Path.exists, names))
-    if args.resume:
-        path = Path(args.out_dir or (taken or [usual])[-1])
-        require((path / "args.json").is_file(), f"--resume {path}: holds no run; name an --out-dir")
-        require(not (path / "summary.json").exists(), f"--resume {path}: has finished")
-        return path
-    path = Path(args.out_dir or (f"{usual}-{len(taken) + 1}" if taken else usual))
-    require(not path.exists() or path.is_dir() and not any(path.iterdir()), f"--out-dir {path}: "
-            "holds another run or other files; name a new folder, or go on with --resume")
-    return path
+def report(state, sets, folder):
+    """Print the verdict on each set; write curve.png and, last, summary.json."""
+    outcomes = pandas.DataFrame(state["outcomes"]).groupby("set")
+    summaries = {name: summarise(outcomes.get_group(name)) for name in sets}
+    print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:")
+    print(pandas.DataFrame(summaries).to_string(float_format="{:.3f}".format))
+    draw_curves(state["history"], ["set"], folder / "curve.png")
+    write_lines(folder / "summary.json", [summaries])  # it marks a run that has finished
 
-def load_model(args, source):
-    """(model with fp32 weights, tokenizer) of a hub id or folder; no weights under --dry-run."""
-    auto, safe, info = transformers.AutoModelForCausalLM, dict(trust_remote_code=False), {}
+def compare(folders, path):
+    """Print a table of finished runs, those that differ only in their seed as one line, and draw
+    its curves to `path`."""
+    runs, lines = [], []
+    for folder in map(Path, folders):
+        flags = json.loads((folder / "args.json").read_text())
+        setting = {name: str(value) for name, value in flags.items() if name not in FREE}
+        for name, found in json.loads((folder / "summary.json").read_text()).items():
+            runs.append(setting | found | {"set": name})
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            lines.append(setting | json.loads(line))
+    runs = pandas.DataFrame(runs)
+    labels = [name for name in setting if runs[name].nunique() > 1 and name != "seed"] + ["set"]
+    groups = runs.groupby(labels)
+    table = groups[["start", "peak", "final", "drop"]].mean()
+    table = table.assign(drop_sd=groups["drop"].std(), n=groups.size())
+    print(table.to_string(float_format="{:.2f}".format))
+    draw_curves(lines, labels, path)
+
+# ========================================================================= 10. flags and main
+
+FLAGS = [  # (flag, default, type or choices, help); a list as default takes several
+    ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
+    ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
+    ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
+    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "auto: alpaca for rows of one turn, "
+     "else chat (the tokenizer's own) if there is one, else tulu"),
+    ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
+    ("--subset", "all", ["all", "context", "no-overlap"], "controls of section 4: only rows with a "
+     "context, or that name no evaluated answer or subject"),
+    ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
+    ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
+     "redundant context; counterfactual: add rows; qk: train query and key matrices only"),
+    ("--mitigation-strength", None, float, "share of rows with a context that filter drops (paper: "
+     "0.25), or of all rows that counterfactual adds (paper: 0.10)"),
+    ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
+    ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
+    ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
+    ("--epochs", 2.0, float, "passes over the rows (paper: up to 2)"),
+    ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
+    ("--lr", 1e-5, float, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
+    ("--warmup-frac", 0.03, float, "share of the steps that warm up linearly (paper: 0.03)"),
+    ("--grad-clip", 1.0, float, "largest gradient norm; 0 never clips (paper: not stated)"),
+    ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
+    ("--lora-rank", 0, int, "train adapters of this rank (paper: 128); 0: all weights"),
+    ("--checkpoint-every", None, int, "optimizer steps between checkpoints (None: never)"),
+    ("--resume", False, bool, "go on from the checkpoint in OUT_DIR, with the same flags"),
+    ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
+    ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
+    ("--eval-batch-tokens", 16384, int, "padded tokens of prompts answered together"),
+    ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
+    ("--mechanism", False, bool, "how hard each kind of row pushes context reliance (section 5)"),
+    ("--compare", [], str, "finished runs to put side by side; nothing is trained"),
+    ("--device", None, str, "cpu, cuda, cuda:1, mps; None: the best there is"),
+    ("--dtype", None, ["bf16", "fp32"], "arithmetic; None: bf16 autocast on CUDA"),
+    ("--seed", 0, int, "order of the rows and every random draw"),
+    ("--out-dir", None, str, "new folder for the run; None: runs/MITIGATION"),
+    ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model")]
+STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
+WORLD_FLAGS = {  # defaults with --model world
+    "dataset": "world", "eval_set": ["world", "world_agreeing", "world_reading"],
+    "template": "chat", "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
+    "max_length": 64, "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
+FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "device"}  # make no other run
+
+def parse_flags(argv=None):
+    """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, default, kind, text in FLAGS:
+        how = {"type": kind, "nargs": "+" if isinstance(default, list) else None}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        if isinstance(kind, list):
+            how = {"choices": kind}
+        parser.add_argument(name, default=default, help=text, **how)
+    first = parser.parse_args(argv)
+    if first.model == "world":
+        parser.set_defaults(**WORLD_FLAGS)
+    require(not first.lora_rank or first.mitigation != "qk", "--lora-rank does not go with qk")
+    parser.set_defaults(mitigation_strength=STRENGTH.get(first.mitigation),
+                        device=str(torch.accelerator.current_accelerator() or "cpu"))
+    flags = parser.parse_args(argv)
+    for name, value in vars(flags).items():
+        if type(value) in (int, float):
+            least = int(type(value) is int and name not in ("max_steps", "seed", "lora_rank"))
+            most = 1 if name == "mitigation_strength" else 1e12
+            require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
+    flags.dtype = flags.dtype or ("bf16" if "cuda" in flags.device else "fp32")
+    return collections.namedtuple("Flags", vars(flags))(**vars(flags))
+
+def load_pretrained(auto, source, flags, **how):
+    """What `auto` reads from a hub id or folder, without running any of its code."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
-        if args.dry_run:
-            config = transformers.AutoConfig.from_pretrained(source, **safe)
-            with torch.device("meta"):
-                model = auto.from_config(config, dtype=torch.float32)
-        else:
-            model, info = auto.from_pretrained(source, dtype=torch.float32, **safe,
-                                               use_safetensors=True, output_loading_info=True)
-            model = model.to(args.device if args.ranks == 1 else "cpu").eval()  # shards go there
+        return auto.from_pretrained(source, trust_remote_code=False, **how)
     except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
-        require(False, f"--model {args.model}: cannot be loaded as a causal LM ({brief(error)}); "
+        require(False, f"--model {flags.model}: cannot be loaded as a causal LM ({error!r:.200}); "
                 "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
-    missing = ", ".join(sorted(info.get("missing_keys", [])))
-    require(not missing, f"--model {args.model} is no causal LM: its weights lack {missing[:200]}")
-    if not args.dry_run:
-        a, b = model(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)).logits
-        require((a - b)[:2].abs().max() <= 1e-5 * a.abs().max(),
-                f"--model {args.model} is no causal LM: its tokens see the ones after them")
-    size = model.get_input_embeddings().num_embeddings
-    require(tokenizer.eos_token_id is not None and len(tokenizer) <= size,
-            f"--model {args.model}: its tokenizer has no EOS token, or more tokens than the model")
-    return model, tokenizer
 
-def choose_template(model, tokenizer, examples, args):
-    """Settle --template, make generation greedy, and return the positions left for a prompt."""
-    single = all("messages" not in e for e in examples)
-    if args.template == "auto":
-        args.template = ("alpaca" if examples and single else "chat" if tokenizer.chat_template else
-                         "alpaca" if single else "tulu")
-    require(args.template != "chat" or tokenizer.chat_template,
-            f"--template chat: the tokenizer of {args.model} has no chat template; try tulu")
-    hello = ask("", "Hi") + [dict(role="assistant", content="Hello")]
-    end = tokenize(hello, args.template, tokenizer)[-1][0][-1]  # Llama-3's turns have their own
-    stops = sorted({tokenizer.eos_token_id, end})
-    model.generation_config = transformers.GenerationConfig(  # nothing inherited: no sampling, no
-        do_sample=False, bos_token_id=tokenizer.bos_token_id,  # penalties
-        eos_token_id=stops, pad_token_id=tokenizer.eos_token_id)
-    model.generation_config.validate(strict=True)  # or save_pretrained could refuse, hours later
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    require(args.max_length <= positions,
-            f"--max-length {args.max_length}: {args.model} has {positions} positions")
-    return positions - args.max_new_tokens
+def load_model(source, tokenizer, flags):
+    """The model with fp32 weights (bf16 on a GPU where they are not trained), set to greedy answers
+    that end where the template's turns end. Exits if it is no causal LM."""
+    frozen = flags.max_steps == 0 or flags.lora_rank > 0
+    model, info = load_pretrained(
+        transformers.AutoModelForCausalLM, source, flags, use_safetensors=True,
+        output_loading_info=True,
+        dtype=torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32)
+    if ranks() == 1:  # otherwise its shards go there
+        model.to(flags.device)
+    ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    one, other = model.eval()(input_ids=ids).logits[:, 0].float()
+    causal = torch.dist(one, other) <= 1e-4 * one.norm()  # a token does not see the ones after it
+    require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
+            f"weights: {sorted(info['missing_keys'])[:3]}")
+    own = model.generation_config.eos_token_id  # a token, several, or None
+    turn = tokenize(question_and_answer("Hi", "Hello"), tokenizer)[-1][0]
+    stops = {tokenizer.eos_token_id, turn[-1], *(own if isinstance(own, list) else [own])} - {None}
+    model.generation_config = transformers.GenerationConfig(  # nothing inherited: no sampling
+        do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.eos_token_id)
+    return model
+
+def load_data(source, flags):
+    """(tokenizer, {name: Items}, Examples) of a run; exits on what cannot work."""
+    tokenizer = load_pretrained(transformers.AutoTokenizer, source, flags)
+    config = load_pretrained(transformers.AutoConfig, source, flags).get_text_config()
+    require(tokenizer.eos_token and len(tokenizer) <= config.vocab_size,
+            f"--model {flags.model}: its tokenizer has no EOS token, or more tokens than the model")
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    require(flags.max_length <= positions, f"--max-length {flags.max_length}: {flags.model} has "
+            f"{positions} positions")
+    examples = load_examples(flags) if flags.max_steps != 0 else []
+    set_template(tokenizer, all(len(example.messages) == 2 for example in examples), flags)
+    sets = {}
+    for name in flags.eval_set:
+        conflicts = draw(load_conflicts(name, flags), flags.eval_limit, seed=0)
+        items = [to_item(conflict, tokenizer) for conflict in conflicts]
+        items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
+        print(f"{name}: {len(items)} of {len(conflicts)} items fit into {positions} positions")
+        require(items, f"{name}: no usable evaluation item")
+        sets[Path(name).stem] = items
+    return tokenizer, sets, examples
+
+def open_folder(flags):
+    """The folder of this run, made for it alone: OUT_DIR, or OUT_DIR-2, -3, ... where that is
+    taken; with --resume the first of them that holds a checkpoint."""
+    first = flags.out_dir or f"runs/{flags.mitigation}"
+    for i in itertools.count(1):
+        folder = Path(f"{first}-{i}" if i > 1 else first)
+        if flags.resume and (folder / "checkpoint.pt").exists():
+            return folder
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+def experiment(flags):
+    """One run: data, model, choice of rows, training with evaluation, report."""
+    source = world_model(flags) if flags.model == "world" else flags.model
+    tokenizer, sets, examples = load_data(source, flags)
+    model = load_model(source, tokenizer, flags)
+    probe, rows, total = {}, [], 0
+    if flags.mechanism and examples:
+        probe = probe_rows(model, tokenizer, examples, flags)
+    if flags.mitigation == "qk":
+        train_query_key_only(model)
+    if flags.lora_rank:
+        model = add_lora(model, flags)
+    if flags.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if ranks() > 1:
+        shard(model, flags)
+    folder = open_folder(flags)
+    state, *saved = load_state(folder, flags)
+    if examples:
+        examples = choose_examples(model, tokenizer, examples, sets, state, flags)
+        rows, notes = encode(examples, tokenizer, flags.max_length)
+        print(f"{flags.dataset}: {len(rows)} rows", *(f"; {n} {why}" for why, n in notes.items()))
+        require(rows, f"{flags.dataset}: no usable row")
+        total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
+        total = min(total, flags.max_steps or total)
+    data = repr([sets, [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
+    data = hashlib.sha256(data.encode()).hexdigest()
+    require(state["data"] in ("", data), f"--resume {folder}: its rows or items were others")
+    state["data"] = data
+    write_lines(folder / "args.json", [flags._asdict()])
+    print(f"{model.num_parameters()} weights, {flags.dtype} on {flags.device}; {total} steps; files "
+          f"in {folder}\n\n{HEAD}")
+    train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
+    report(state, sets, folder)
+    if flags.save_model:
+        save_model(model, tokenizer, folder / "model", flags)
+    return state["history"]
 
 def main(argv=None):
     """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
-    args = parse_args(argv)
-    if args.ranks == 1:
-        return experiment(args)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    own = not torch.distributed.is_initialized()
-    if own:
-        torch.distributed.init_process_group(
-            "gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
-    with contextlib.redirect_stdout(open(os.devnull, "w") if args.rank else sys.stdout):
-        history = experiment(args)
-    if own:
-        torch.distributed.destroy_process_group()
-    return history
-
-def experiment(args):
-    """One run, from the flags to the history."""
-    began, out_dir = time.perf_counter(), on_rank_0(lambda: new_folder(args), args)
-    if args.compare:
-        return compare(args.compare, out_dir / "compare.png")
+    flags = parse_flags(argv)
     transformers.utils.logging.disable_progress_bar()
-    sets = {Path(name).stem: load_conflicts(name, args, args.eval_limit) for name in args.eval_set}
-    require(len(sets) == len(args.eval_set), "--eval-set: two sets of the same name")
-    examples = [] if args.max_steps == 0 else load_examples(args)
-    source = args.model
-    if args.model == "world":
-        source = on_rank_0(lambda: world_model(args, out_dir.parent), args)
-    model, tokenizer = load_model(args, source)
-    room = choose_template(model, tokenizer, examples, args)
-    sets = {name: prepare(items, args, tokenizer, room) for name, items in sets.items()}
-    for kind, e in {e["kind"]: e for e in reversed(examples) if "kind" in e}.items():  # the world's
-        print(f"  {kind:<10} {e['context']} {e['instruction']} -> {e['response']}")
-    every_row, notes = encode(examples, args, tokenizer)
-    require(every_row or not examples, f"{args.dataset}: no usable row: {dict(notes)}")
-    rows = every_row
-    if args.subset != "all" and rows:
-        rows = subset_rows(examples, rows, sets, args)
-    if args.mitigation == "counterfactual" and rows:
-        more, dropped = encode(counterfactual_examples(
-            sets, round(args.mitigation_strength * len(rows)), args), args, tokenizer)
-        rows, notes = rows + more, notes + dropped
-    if args.dry_run:
-        plan(rows, notes, args)
-        return dry_run(model, tokenizer, rows, args)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    probe, masks = {}, {}
-    if args.mechanism and rows:
-        probe = probe_rows(model, tokenizer, examples, every_row, args)
-    torch.manual_seed(args.seed)  # adapters
-    if args.lora_rank and rows:
-        model = add_lora(model, args)
-    elif args.mitigation == "qk" and rows:
-        masks = freeze_all_but_query_key(model)
-    if args.ranks > 1:
-        shard(model, args)
-    if args.mitigation == "filter" and rows:
-        rows = filter_rows(model, tokenizer, examples, rows, args)
-    total = plan(rows, notes, args) if rows else 0
-    if args.activation_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    note_flags(rows, sets, total, out_dir, args)
-    print(f"{args.model}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M weights, "
-          f"{args.dtype} on {args.device}, template {args.template}\n"
-          f"{', '.join(map(' '.join, VERSIONS.items()))}; files in {out_dir}\n\n{table_row()}")
-    return run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args)
-
-def run(model, tokenizer, rows, sets, probe, total, masks, out_dir, began, args):
-    """Train and evaluate, write and print as it goes, report at the end; return the history."""
-    history, outcomes, state = [], {name: [] for name in sets}, None
-    if args.resume:
-        state = load_checkpoint(out_dir) if args.rank == 0 else None
-        if args.rank == 0:
-            history, outcomes = rewind(out_dir, state, sets)
-        light = on_rank_0(lambda: state and dict(step=state["step"], log=state["log"]), args)
-        state = state or light  # rank 0 hands the weights to the others in restore()
-
-    def evaluate_at(step, log):
-        for name, items in sets.items():
-            found = evaluate(model, tokenizer, items, args)
-            if args.rank:
-                continue
-            outcomes[name].append(found)
-            inside = (mechanism(model, tokenizer, items, probe, masks, args)
-                      if args.mechanism and any(o["conflict"] for o in found) else {})
-            history.append(dict(step=step, set=name, **rates(found), **inside, **log,
-                                seconds=round(time.perf_counter() - began, 2)))
-            tqdm.write(table_row(history[-1]))
-            append(out_dir / "metrics.jsonl", history[-1:])
-            hashes = [hashlib.sha256(str(i["prompt"]).encode()).hexdigest()[:16] for i in items]
-            keys = ("id", "group", "control", "known", "text", "cell", "closed_book_text")
-            append(out_dir / "generations.jsonl", [
-                dict(step=step, set=name, prompt=prompt, **{key: o.get(key) for key in keys})
-                for prompt, o in zip(hashes, found)])
-
-    stopped, usual = [], {}
-
-    def stop(number, _):
-        stopped.append(number)
-        signal.signal(number, usual[number])  # the second time, at once
-
-    if args.checkpoint_every:
-        usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train(model, rows, total, masks, args, evaluate_at, state=state, stopped=stopped,
-              save=lambda *now: save_checkpoint(model, *now, out_dir, args))
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-    if args.save_model:
-        save_model(model, tokenizer, out_dir / "model", args)
-    if args.rank == 0:
-        report(history, outcomes, sets, out_dir)
-    return history
-
-def report(history, outcomes, sets, out_dir):
-    """Print answers, mechanism and verdict of each set; write curve.png and summary.json."""
-    for name, items in sets.items():
-        show_answers(items, outcomes[name][0], outcomes[name][-1])
-    curves = {name: [[line for line in history if line["set"] == name]] for name in sets}
-    summaries = {name: summarise(lines, outcomes[name]) for name, (lines,) in curves.items()}
-    for name, (lines,) in curves.items():
-        if "attention" in lines[0]:
-            show_mechanism(lines, summaries[name]["peak_step"])
-        print("\n" + verdict(name, lines, summaries[name]))
-    draw_curve(curves, out_dir / "curve.png", single=True)
-    append(out_dir / "summary.json", [summaries])  # last: it marks a run that has finished
+    if flags.compare:
+        return compare(flags.compare, Path(flags.out_dir or "runs", "compare.png"))
+    if "RANK" not in os.environ:  # that torchrun sets
+        return experiment(flags)
+    require(flags.model != "world" and not flags.mechanism,
+            "the world and --mechanism run in one process, without torchrun")
+    if flags.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if flags.device == "cpu" else "cpu:gloo,cuda:nccl")
+    if rank() == 0:
+        return experiment(flags)
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere):  # writes and prints what rank 0 does, unseen
+            return experiment(flags._replace(out_dir=f"{folder}/run"))
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
         require(False, "interrupted; the evaluations so far are in the run's folder", 130)
-    except OSError as error:  # a full disk, say
-        require(False, f"{brief(error)}; what was written before is complete", 1)
+    except OSError as error:
+        require(False, f"{error!r:.200}; what was written before is whole", 1)
