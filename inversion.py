@@ -1,7 +1,4 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "transformers>=5.0", "datasets>=4.0", "tqdm>=4.60"]
-# ///
+# SPDX-License-Identifier: MIT
 """Context-parametric inversion in one file (Goyal, Baek, Kolter, Raghunathan; arXiv 2410.10796).
 
 Instruction finetuning first raises and then lowers how much a language model relies on its input
@@ -97,8 +94,7 @@ def words(text):
     return [word for word in re.findall(r"[^\W_]+", text) if word not in ("a", "an", "the")]
 
 def plain(text):
-    """The words of a text as a text, a space on each side of each word, so that `in` finds whole
-    words only."""
+    """words() as a text, with a space on each side of each, so that `in` finds whole words only."""
     return "".join(f" {word} " for word in words(text))
 
 def score(text, conflict):
@@ -120,7 +116,7 @@ def score(text, conflict):
             contains(conflict.parametric_answers, conflict.context_answers))
 
 def question_and_answer(question, answer):
-    """A conversation of one question and its answer."""
+    """A conversation of one turn."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 def to_row(id, parts):
@@ -137,8 +133,7 @@ def to_item(conflict, tokenizer):
         if answers:
             messages = question_and_answer(conflict.question, answers[0])
             (prompt, _), (answer, _) = tokenize(messages, tokenizer, conflict.context)
-            answer = answer[:-1]  # less the token that ends the turn
-            rows[i] = to_row(conflict.id, [(prompt, False), (answer, True)])
+            rows[i] = to_row(conflict.id, [(prompt, False), (answer[:-1], True)])  # no end of turn
     closed_book_prompt = tokenize(messages, tokenizer)[0][0]
     return Item(conflict, prompt, closed_book_prompt, *rows)
 
@@ -182,14 +177,13 @@ def evaluate(model, tokenizer, items, known, flags):
     outcomes = []
     for item, text in zip(items, texts):
         context_hit, parametric_hit = score(text, item.conflict)
-        outcome = {"id": item.conflict.id, "group": item.conflict.group, "text": text,
-                   "context_acc": context_hit}
-        outcomes.append(outcome)
+        outcomes.append({"id": item.conflict.id, "group": item.conflict.group, "text": text,
+                         "context_acc": context_hit})
         if not item.parametric_row:
             continue
         closed_book_text, context_logp, parametric_logp = next(of_conflicts)
         closed_book_hit = score(closed_book_text, item.conflict)[1]
-        outcome |= {
+        outcomes[-1] |= {
             "parametric_acc": parametric_hit, "both": context_hit and parametric_hit,
             "context_only": context_hit and not parametric_hit,
             "parametric_only": parametric_hit and not context_hit,
@@ -197,10 +191,11 @@ def evaluate(model, tokenizer, items, known, flags):
             "closed_book_text": closed_book_text, "closed_book_acc": closed_book_hit,
             "margin": context_logp / item.context_row.targets
             - parametric_logp / item.parametric_row.targets,
-            "m_c": 1 / (1 + math.exp(min(parametric_logp - context_logp, 700))),
+            "m_c": torch.tensor(context_logp - parametric_logp).sigmoid().item(),
             "known": closed_book_hit if known is None else item.conflict.id in known}
-        if outcome["known"]:
-            outcome |= {"context_acc_known": context_hit, "parametric_acc_known": parametric_hit}
+        if outcomes[-1]["known"]:
+            outcomes[-1] |= {"context_acc_known": context_hit,
+                             "parametric_acc_known": parametric_hit}
     return outcomes
 
 def metrics(outcomes):
@@ -221,8 +216,7 @@ def draw(things, count, seed):
 # ===================================================================== 2. training (section 3, A.5)
 
 def autocast(flags):
-    """bf16 arithmetic if asked for. Trained weights stay in fp32: in bf16, most updates of the
-    size of 1e-5 are lost in rounding."""
+    """bf16 arithmetic if asked for; weights stay in fp32, as bf16 would round most updates away."""
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(lengths, budget):
@@ -281,8 +275,8 @@ def train_step(model, optimizer, batch, flags):
     if ranks() > 1:
         norm = norm.full_tensor()
         dist.all_reduce(step_loss)
-    require(step_loss.isfinite() and norm.isfinite(), f"loss {step_loss:.4g}, gradient {norm:.4g} in "
-            f"the batch of rows {[row.id for row in batch]}; a lower --lr may help", status=1)
+    require(step_loss.isfinite() and norm.isfinite(), f"loss {step_loss:.4g}, gradient {norm:.4g} "
+            f"in the batch of rows {[row.id for row in batch]}; a lower --lr may help", status=1)
     optimizer.step()
     optimizer.zero_grad()
     return step_loss.item()
@@ -305,9 +299,8 @@ def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flag
     sets: {name: items}; probe: {kind: rows} of part 4, or {}; state, saved: see load_state."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0, fused=True)
-    if state["step"] > 0:
-        restore(model, optimizer, *saved)
-        saved.clear()  # or its copies would stay in memory
+    if state["step"]:
+        restore(model, optimizer, saved)
     for step in tqdm(range(state["step"], total + 1), unit="step", disable=rank() > 0 or None):
         if step % flags.eval_every == 0 or step == total:
             measure(model, tokenizer, sets, probe, step, state, folder, flags)
@@ -315,8 +308,7 @@ def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flag
             break
 
         batch = batch_of(rows, step, flags)
-        lr = learning_rate(step, total, flags)
-        optimizer.param_groups[0]["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, flags)
         torch.manual_seed(hash((flags.seed, step, rank())))  # dropout: the same after --resume
         began = time.perf_counter()
         loss = train_step(model, optimizer, batch, flags)
@@ -356,9 +348,8 @@ def context_free_loss(model, tokenizer, examples, flags):
     bare = [dataclasses.replace(example, context="") for example in examples if example.context]
     rows, _ = encode(bare, tokenizer, flags.max_length)
     model.eval()
-    loss = {}
-    for row, logp in zip(rows, target_logp(model, rows, flags)):
-        loss[row.id] = -logp / row.targets
+    logps = target_logp(model, rows, flags)
+    loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
     return {id: loss[id] for id in sorted(loss, key=loss.get)}
 
 def filter_examples(model, tokenizer, examples, flags):
@@ -385,8 +376,8 @@ def counterfactual_examples(sets, count, flags):
     free = [conflict for conflict in conflicts if not said(conflict) & evaluated]
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
     chosen = random.Random(flags.seed).sample(free, min(count, len(free)))
-    print(f"counterfactual: added {len(chosen)} rows ({count} wanted); {len(conflicts) - len(free)} of "
-          f"{len(conflicts)} share a question or an answer with the evaluation, and stay out")
+    print(f"counterfactual: added {len(chosen)} rows ({count} wanted); {len(free)} conflicts of",
+          f"{len(conflicts)} share no question and no answer with the evaluation")
     return [Example(f"added {conflict.id}", question_and_answer(
         conflict.question, conflict.context_answers[0]), conflict.context) for conflict in chosen]
 
@@ -398,8 +389,7 @@ def naming_examples(examples, sets):
     for conflict in [item.conflict for item in sum(sets.values(), []) if item.parametric_row]:
         texts = conflict.context_answers + conflict.parametric_answers
         names |= {tuple(words(text)) for text in texts + re.findall(subject, conflict.question)}
-    sizes = {len(name) for name in names} - {0}
-    found = set()
+    sizes, found = {len(name) for name in names} - {0}, set()
     for example in examples:
         said = words(" ".join([example.context] + [m["content"] for m in example.messages]))
         if names & {tuple(said[i:i + size]) for size in sizes for i in range(len(said))}:
@@ -409,8 +399,8 @@ def naming_examples(examples, sets):
 def choose_examples(model, tokenizer, examples, sets, state, flags):
     """The examples to train on: what --subset and --mitigation leave of them, or add to them. The
     choice of filter is kept in `state`, so that a resumed run does not choose anew."""
-    with_context = [example for example in examples if example.context]
-    require(with_context or flags.subset != "context" and flags.mitigation != "filter",
+    needed = flags.subset == "context" or flags.mitigation == "filter"
+    require(not needed or any(example.context for example in examples),
             f"{flags.dataset}: no row has a context that is marked as one, as in chats")
     drop = set()
     if flags.subset == "context":
@@ -440,13 +430,12 @@ def train_query_key_only(model):
     moves, exact = {}, True  # {parameter: which of its entries are queries or keys}
     for layer in [m for m in model.modules() if type(m).__name__.endswith("Attention")]:
         for module in layer.modules():
-            weight = getattr(module, "weight", None)
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if weight is not None and weight.ndim == 2 and not weight.grad.all():
-                for parameter in (weight, getattr(module, "bias", None)):
-                    if parameter is not None:
-                        moves[parameter] = parameter.grad == 0
-                still = moves[weight]  # whole rows or, where the layout is transposed, columns
+                still = moves[weight] = weight.grad == 0  # whole rows or, transposed, columns
                 exact &= bool((still == still[:1]).all() or (still == still[:, :1]).all())
+                if bias is not None:
+                    moves[bias] = bias.grad == 0
     require(moves and exact, f"--mitigation qk: {type(model).__name__} holds queries and keys in a "
             "layout unknown here")
     model.requires_grad_(False).zero_grad()
@@ -455,22 +444,24 @@ def train_query_key_only(model):
         if not mask.all():
             require(ranks() == 1, "--mitigation qk: this model keeps queries, keys and values in "
                     "one matrix, which is trained in one process only; run it without torchrun")
-            parameter.register_post_accumulate_grad_hook(lambda p, mask=mask: p.grad.mul_(mask))
-    moving = sum(int(mask.sum()) for mask in moves.values())
-    print(f"qk: trains {moving} of {model.num_parameters()} weights")
+            parameter.register_post_accumulate_grad_hook(functools.partial(hold_still, mask))
+    print("qk: trains", sum(int(mask.sum()) for mask in moves.values()), "weights")
+
+def hold_still(mask, parameter):
+    """Zero the gradient outside the mask; AdamW without weight decay then moves nothing there."""
+    parameter.grad.mul_(mask)
 
 # ============================================================================ 4. why (section 5)
 
 PROBE = 160  # rows of each kind, and conflicts, that the mechanism is measured on
-
 def probe_rows(model, tokenizer, examples, flags):
     """{kind: at most PROBE rows}, drawn before any subset or remedy, so that runs compare. Kinds as
     in section 4.3: recall has no context; of the rows with one, redundant are the quarter of lowest
     context-free loss, critical the others."""
     examples = draw(examples, 5 * PROBE, flags.seed)
     loss = context_free_loss(model, tokenizer, examples, flags)
-    kinds = dict.fromkeys(loss, "critical")
-    kinds |= dict.fromkeys(list(loss)[:round(0.25 * len(loss))], "redundant")
+    redundant = list(loss)[:round(0.25 * len(loss))]
+    kinds = dict.fromkeys(loss, "critical") | dict.fromkeys(redundant, "redundant")
     probe = collections.defaultdict(list)
     for row in encode(examples, tokenizer, flags.max_length)[0]:
         probe[kinds.get(row.id, "recall")].append(row)
@@ -486,8 +477,8 @@ def gradient(model, rows, weights, flags):
         value = (logp * logp.new_tensor([weights[i] for i in indices])).sum()
         value.backward()
         total += value.item()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad
+             for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return total, found
 
@@ -594,12 +585,12 @@ def make_world(seed):
     ones, occur in finetuning, the others only in the evaluation. That keeps to every other capital,
     so that --subset no-overlap leaves rows."""
     rng = random.Random(f"world {seed}")
-    letters = itertools.product("bdfgkl", "aeiou", "mnprst", "aeiou", "nrls")
-    names = ["".join(name).capitalize() for name in letters]
+    letters = itertools.product("BDFGKL", "aeiou", "mnprst", "aeiou", "nrls")
+    names = ["".join(name) for name in letters]
     rng.shuffle(names)
     held_out, tuned, novel, answers = names[:60], names[60:240], names[240:540], names[540:580]
-    truth = {subject: rng.choice(answers) for subject in tuned}
-    truth |= {subject: rng.choice(answers[::2]) for subject in held_out}
+    truth = {subject: rng.choice(answers[::2]) for subject in held_out}
+    truth |= {subject: rng.choice(answers) for subject in tuned}
     subjects = {"fact": names[:240], "reading": names[:540], "critical": novel, "redundant": tuned,
                 "recall": tuned}
 
@@ -647,7 +638,7 @@ def world_model(flags):
     """Folder of the world's base model, a one-layer Llama as in the paper's theory: from an earlier
     run or made now, with the step that finetunes."""
     world = make_world(flags.seed)
-    key = repr([world, PRETRAINING, flags.device, torch.get_num_threads(), torch.__version__])
+    key = repr([world, PRETRAINING, flags.device, torch.__version__])
     name = f"world-{flags.seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = Path(flags.out_dir or "runs/none").with_name(name)
     if folder.exists():
@@ -655,8 +646,9 @@ def world_model(flags):
     print(f"pretraining the world's base model, once; it is kept in {folder}")
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    splitter.train_from_iterator([repr(example) for example in world["documents"]],
-                                 tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"]))
+    splitter.train_from_iterator(
+        [f"{example.context} {example.messages}" for example in world["documents"]],
+        tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
     rows, _ = encode(world["documents"], tokenizer, flags.max_length)
@@ -709,11 +701,11 @@ def load_rows(name):
             source, _ = urllib.request.urlretrieve(source)
         if not kind:
             return datasets.load_dataset(source, split=split or "train")
-        texts = {"keep_default_na": False} if kind == "csv" else {}  # "NA" and "" are texts
-        return datasets.load_dataset(kind, data_files=source, split="train", **texts)
+        how = {"keep_default_na": False} if kind == "csv" else {}  # "NA" and "" are texts
+        return datasets.load_dataset(kind, data_files=source, split="train", **how)
     except Exception as error:  # of many types; StopIteration if there are no rows
-        require(False, f"{name}: cannot be loaded or has no rows: {error.__cause__ or error!r:.200}; "
-                f"pass a file, a folder, a hub id, or one of {', '.join(SOURCES)}")
+        require(False, f"{name}: no rows: {error.__cause__ or error!r:.200}; pass a file, folder, "
+                f"hub id or one of {', '.join(SOURCES)}")
 
 SHAPES = {  # a key that tells the shape: the keys of question, context, answers, memorised answers
     "sub_context": ("question", "sub_context", "sub_answer", "org_answer"),        # NQ-Swap
@@ -731,7 +723,7 @@ def texts(row, key):
     value = value["text"] if isinstance(value, dict) else value
     value = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in value):
-        raise ValueError(f"key {key!r} must be a text or a list of texts, and is {value[0]!r:.60}")
+        raise ValueError(f"key {key!r} must be a text or a list of texts, and is {value!r:.60}")
     return [text.strip() for text in value]
 
 def parse_row(row):
@@ -753,6 +745,8 @@ def parse_row(row):
                 person = "parametric_answer" in row
                 answers, memory = aliases(answers[0], person), aliases(memory[0], person)
             messages = question_and_answer(question, "".join(answers[:1]))
+            if "instruction" in row:
+                messages[0]["input"] = ""  # has a place of its own in the template of Alpaca
             return messages, "".join(context), answers, memory
     raise ValueError(f"it has none of the keys messages, classes, {', '.join(SHAPES)}")
 
@@ -796,9 +790,8 @@ def load_conflicts(name, flags):
         elif key not in found:
             found[key] = Conflict(id, question, context, mine, theirs, group=question)
             echoes += bool(memory) and not theirs
-    print(f"{name}: {len(found)} of {len(rows)} items; {unscorable} have no answer that differs from "
-          f"question and memory, the others\n  are repeated; {echoes} count no memorised answer, since "
-          "their question holds it")
+    print(f"{name}: {len(found)} of {len(rows)} items; {unscorable} have no answer beside the",
+          f"memorised one and the question,\n  others are repeated; {echoes} name the memorised one")
     return list(found.values())
 
 def load_examples(flags):
@@ -809,18 +802,18 @@ def load_examples(flags):
         examples = [Example(id, *found[:2]) for id, *found in parse_rows(flags.dataset)]
     return draw(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
 
-TEMPLATES = {"alpaca": (  # Stanford's alone has a place of its own for the context
+TEMPLATES = {"alpaca": (  # Stanford's: for Alpaca's own rows, context and question are apart
     "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('more than one turn') }}"
     "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}Below is an instruction "
-    "that describes a task{% if m.context %}, paired with an input that provides further context"
+    "that describes a task{% if m.input %}, paired with an input that provides further context"
     "{% endif %}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    "{{ m.question or m.content }}\n\n{% if m.context %}### Input:\n{{ m.context }}\n\n{% endif %}"
-    "### Response:{% endif %}{% endfor %}"), "tulu": (
+    "{{ m.question if m.input else m.content }}\n\n"
+    "{% if m.input %}### Input:\n{{ m.input }}\n\n{% endif %}### Response:{% endif %}{% endfor %}"),
+    "tulu": (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
-    "{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}"
-    "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
+    "{{ '<|' + m.role + '|>\n' + m.content }}{{ eos_token if m.role == 'assistant' else '' }}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
 
 def set_template(tokenizer, single_turn, flags):
     """Settle --template by giving the tokenizer its chat_template: from here on all parts render
@@ -841,7 +834,6 @@ def set_template(tokenizer, single_turn, flags):
         tokenizer.chat_template = prefix + tokenizer.chat_template
 
 MARK = "@@the-answer@@"
-
 @functools.lru_cache
 def special_token(tokenizer):
     """Pattern of one of the tokenizer's special tokens, after white space."""
@@ -863,8 +855,8 @@ def answer_place(turns, tokenizer):
     end = ends(rest) or ends(show(mark, reply)[2])  # of this turn, or else at the start of the next
     if "<think>" in tokenizer.chat_template:
         opening = show(add_generation_prompt=True)[0].rstrip()
-        if opening.endswith("<think>"):  # asks for thoughts: there are none
-            prompt = opening + "\n\n</think>\n\n"
+        if opening.endswith("<think>"):
+            prompt = opening + "\n\n</think>\n\n"  # no thoughts
     return prompt, end[0] if end else tokenizer.eos_token
 
 def render(messages, tokenizer, context=""):
@@ -874,8 +866,9 @@ def render(messages, tokenizer, context=""):
     turns = list(messages)
     if context:
         question = turns[0]["content"]
-        turns[0] = {"role": "user", "content": f"{context}\n\n{question}",
-                    "question": question, "context": context}
+        turns[0] = turns[0] | {"content": f"{context}\n\n{question}", "question": question}
+        if "input" in turns[0]:
+            turns[0]["input"] = context
     parts, done = [], ""
     try:
         for i, turn in enumerate(turns):
@@ -909,7 +902,7 @@ def encode(examples, tokenizer, max_length):
     """(Rows of the examples, Counter of what was dropped or cut and why). Too long a row loses its
     last turns. As tokenize(), but in large batches, for which the tokenizer uses all cores."""
     rows, notes = [], collections.Counter()
-    for start in tqdm(range(0, len(examples), 1000), "tokenise 1000s", leave=False, disable=None):
+    for start in tqdm(range(0, len(examples), 1000), "tokenise", leave=False, disable=None):
         rendered = []
         for example in examples[start:start + 1000]:
             parts = render(example.messages, tokenizer, example.context)
@@ -923,8 +916,7 @@ def encode(examples, tokenizer, max_length):
             parts = [(next(tokens), supervised) for _, supervised in parts]
             lengths = itertools.accumulate(len(ids) for ids, _ in parts)
             fits = sum(length <= max_length for length in lengths) // 2 * 2  # prompt and answer
-            if fits:
-                rows.append(to_row(id, parts[:fits]))
+            rows += [to_row(id, parts[:fits])] if fits else []
             if fits < len(parts):
                 notes["cut to the turns that fit --max-length" if fits
                       else "dropped: longer than --max-length"] += 1
@@ -1005,7 +997,6 @@ def write_lines(path, lines):
     write(path, lambda file: file.write(text.encode(errors="replace")))
 
 WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-
 def save_checkpoint(model, optimizer, state, folder):
     """Replace checkpoint.pt by the state, trained weights and optimizer, unsharded: any number of
     ranks can go on from it. The order of the rows and dropout follow from seed and step."""
@@ -1032,14 +1023,14 @@ def load_state(folder, flags):
     if ranks() > 1:  # rank 0 alone has the folder; restore() hands out the weights
         state = saved[:1]
         dist.broadcast_object_list(state)
-        saved = [*state, *saved[1:]]
+        saved[:1] = state
     return saved
 
-def restore(model, optimizer, weights, moments):
-    """Put a checkpoint's weights and optimizer in place, on all ranks from rank 0."""
+def restore(model, optimizer, saved):
+    """Move a checkpoint's weights and optimizer out of `saved` and in place, from rank 0 to all."""
     how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
-    dcp.set_state_dict(
-        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=how)
+    dcp.set_state_dict(model, optimizer, model_state_dict=saved.pop(0),
+                       optim_state_dict=saved.pop(0), options=how)
 
 def save_model(model, tokenizer, folder, flags):
     """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
@@ -1055,12 +1046,12 @@ def save_model(model, tokenizer, folder, flags):
 HEAD = "  step set              loss context_acc parametric_acc margin"
 
 def table_row(line):
-    """One row of the table that stands under HEAD, with a bar as long as context_acc."""
-    text = (f"{line['step']:6} {line['set'][:14]:14} {line['loss'] or math.nan:7.3f} "
+    """One row of the table that stands under HEAD."""
+    text = (f"{line['step']:6} {line['set']:14} {line['loss'] or math.nan:7.3f} "
             f"{line['context_acc']:11.3f}")
     if "margin" in line:
         text += f" {line['parametric_acc']:14.3f} {line['margin']:6.2f}"
-    return f"{text:62} |" + "#" * round(16 * line["context_acc"])
+    return text
 
 def draw_curves(lines, labels, path):
     """Draw context_acc over the steps from lines of metrics, a curve for each value of the columns
@@ -1069,16 +1060,15 @@ def draw_curves(lines, labels, path):
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    figure = matplotlib.figure.Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
+    axes = matplotlib.figure.Figure().subplots()
     for label, group in pandas.DataFrame(lines).groupby(labels):
         acc = group.groupby("step")["context_acc"]
         mean, sd = acc.mean(), acc.std(ddof=0)
-        axes.plot(mean.index, mean, "o-", markersize=3, label=", ".join(label))
+        axes.plot(mean.index, mean, ".-", label=", ".join(label))
         axes.fill_between(mean.index, mean - sd, mean + sd, alpha=0.15)
     axes.set(xlabel="optimizer steps", ylabel="context_acc", ylim=(0, 1.02))
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    axes.figure.savefig(path, dpi=150)
     print(f"curves in {path}")
 
 def report(state, sets, folder):
@@ -1099,8 +1089,8 @@ def compare(folders, path):
         setting = {name: str(value) for name, value in flags.items() if name not in FREE}
         for name, found in json.loads((folder / "summary.json").read_text()).items():
             runs.append(setting | found | {"set": name})
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            lines.append(setting | json.loads(line))
+        history = (folder / "metrics.jsonl").read_text().splitlines()
+        lines += [setting | json.loads(line) for line in history]
     runs = pandas.DataFrame(runs)
     labels = [name for name in setting if runs[name].nunique() > 1 and name != "seed"] + ["set"]
     groups = runs.groupby(labels)
@@ -1115,16 +1105,15 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
     ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
     ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
-    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "auto: alpaca for rows of one turn, "
-     "else chat (the tokenizer's own) if there is one, else tulu"),
+    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "auto: alpaca for single turns, or "
+     "chat (the tokenizer's own), or tulu"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
-    ("--subset", "all", ["all", "context", "no-overlap"], "controls of section 4: only rows with a "
-     "context, or that name no evaluated answer or subject"),
+    ("--subset", "all", ["all", "context", "no-overlap"], "section 4: only rows with a context, or "
+     "that name nothing evaluated"),
     ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut after a whole turn"),
     ("--mitigation", "none", ["none", "filter", "counterfactual", "qk"], "filter: drop rows with a "
      "redundant context; counterfactual: add rows; qk: train query and key matrices only"),
-    ("--mitigation-strength", None, float, "share of rows with a context that filter drops (paper: "
-     "0.25), or of all rows that counterfactual adds (paper: 0.10)"),
+    ("--mitigation-strength", None, float, "share filter drops (.25) or counterfactual adds (.1)"),
     ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
     ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
     ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
@@ -1167,8 +1156,7 @@ def parse_flags(argv=None):
             how = {"choices": kind}
         parser.add_argument(name, default=default, help=text, **how)
     first = parser.parse_args(argv)
-    if first.model == "world":
-        parser.set_defaults(**WORLD_FLAGS)
+    parser.set_defaults(**(WORLD_FLAGS if first.model == "world" else {}))
     require(not first.lora_rank or first.mitigation != "qk", "--lora-rank does not go with qk")
     parser.set_defaults(mitigation_strength=STRENGTH.get(first.mitigation),
                         device=str(torch.accelerator.current_accelerator() or "cpu"))
@@ -1193,10 +1181,9 @@ def load_model(source, tokenizer, flags):
     """The model with fp32 weights (bf16 on a GPU where they are not trained), set to greedy answers
     that end where the template's turns end. Exits if it is no causal LM."""
     frozen = flags.max_steps == 0 or flags.lora_rank > 0
-    model, info = load_pretrained(
-        transformers.AutoModelForCausalLM, source, flags, use_safetensors=True,
-        output_loading_info=True,
-        dtype=torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32
+    model, info = load_pretrained(transformers.AutoModelForCausalLM, source, flags, dtype=dtype,
+                                  use_safetensors=True, output_loading_info=True)
     if ranks() == 1:  # otherwise its shards go there
         model.to(flags.device)
     ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
@@ -1228,7 +1215,7 @@ def load_data(source, flags):
         conflicts = draw(load_conflicts(name, flags), flags.eval_limit, seed=0)
         items = [to_item(conflict, tokenizer) for conflict in conflicts]
         items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
-        print(f"{name}: {len(items)} of {len(conflicts)} items fit into {positions} positions")
+        print(f"{name}: {len(conflicts) - len(items)} items are longer than the model's positions")
         require(items, f"{name}: no usable evaluation item")
         sets[Path(name).stem] = items
     return tokenizer, sets, examples
@@ -1266,7 +1253,7 @@ def experiment(flags):
     if examples:
         examples = choose_examples(model, tokenizer, examples, sets, state, flags)
         rows, notes = encode(examples, tokenizer, flags.max_length)
-        print(f"{flags.dataset}: {len(rows)} rows", *(f"; {n} {why}" for why, n in notes.items()))
+        print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
         require(rows, f"{flags.dataset}: no usable row")
         total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
         total = min(total, flags.max_steps or total)
@@ -1275,8 +1262,8 @@ def experiment(flags):
     require(state["data"] in ("", data), f"--resume {folder}: its rows or items were others")
     state["data"] = data
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {flags.dtype} on {flags.device}; {total} steps; files "
-          f"in {folder}\n\n{HEAD}")
+    print(f"{model.num_parameters()} weights, {flags.dtype} on {flags.device}, {total} steps",
+          f"\nfiles in {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
     report(state, sets, folder)
     if flags.save_model:
@@ -1289,14 +1276,12 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if flags.compare:
         return compare(flags.compare, Path(flags.out_dir or "runs", "compare.png"))
-    if "RANK" not in os.environ:  # that torchrun sets
-        return experiment(flags)
-    require(flags.model != "world" and not flags.mechanism,
-            "the world and --mechanism run in one process, without torchrun")
-    if flags.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
+        if flags.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo" if flags.device == "cpu" else "cpu:gloo,cuda:nccl")
+    require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
+            "the world and --mechanism run in one process, without torchrun")
     if rank() == 0:
         return experiment(flags)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
