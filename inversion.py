@@ -201,7 +201,7 @@ def evaluate(model, tokenizer, items, known, flags):
 def metrics(outcomes):
     """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
     means = pandas.DataFrame(outcomes, columns=METRICS).astype(float).mean().dropna()
-    line = {"n": len(outcomes), **means}
+    line = {"n": len(outcomes), **means.to_dict()}
     if "margin" in line:
         line["n_known"] = sum(outcome.get("known", False) for outcome in outcomes)
     return line
@@ -611,7 +611,7 @@ def make_world(seed):
         return found
 
     return {"documents": examples(60_000, fact=3, reading=1),
-            "examples": examples(20_000, critical=6, redundant=2, recall=2),
+            "examples": examples(20_000, critical=5, redundant=4, recall=1),
             "world": conflicts(held_out * 2), "world_agreeing": conflicts(held_out, agree=True),
             "world_reading": conflicts(novel[:60]), "world_train": conflicts(tuned * 12)}
 
@@ -658,7 +658,7 @@ def world_model(flags):
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
     optimizer = torch.optim.AdamW(model.to(flags.device).parameters(), weight_decay=0, fused=True)
     base = flags._replace(**PRETRAINING)
-    total = base.epochs * len(rows) // base.batch_size
+    total = math.ceil(base.epochs * len(rows) / base.batch_size)
     for step in tqdm(range(total), "pretraining", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, total, base)
         train_step(model, optimizer, batch_of(rows, step, base), base)
@@ -790,8 +790,8 @@ def load_conflicts(name, flags):
         elif key not in found:
             found[key] = Conflict(id, question, context, mine, theirs, group=question)
             echoes += bool(memory) and not theirs
-    print(f"{name}: {len(found)} of {len(rows)} items; {unscorable} have no answer beside the",
-          f"memorised one and the question,\n  others are repeated; {echoes} name the memorised one")
+    print(f"{name}: {len(found)} of {len(rows)} items; left out: {unscorable} without an answer of",
+          f"their own, and repeats;\n  {echoes} never count as parametric: their question says it")
     return list(found.values())
 
 def load_examples(flags):
@@ -1253,8 +1253,8 @@ def experiment(flags):
     if examples:
         examples = choose_examples(model, tokenizer, examples, sets, state, flags)
         rows, notes = encode(examples, tokenizer, flags.max_length)
+        require(rows, f"{flags.dataset}: no usable row: {notes}")
         print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
-        require(rows, f"{flags.dataset}: no usable row")
         total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
         total = min(total, flags.max_steps or total)
     data = repr([sets, [(row.id, row.targets, row.input_ids.sum()) for row in rows]])

@@ -455,7 +455,7 @@ def test_conflicts_that_cannot_be_scored(tmp_path, capsys):
     found = inversion.load_conflicts(str(tmp_path / "c.jsonl"), flags)
     assert [c.parametric_answers for c in found] == [[], ["Paris"]]
     told = capsys.readouterr().out
-    assert "2 of 6 items; 3 have no answer" in told and "1 count no memorised answer" in told
+    assert "2 of 6 items; left out: 3" in told and "1 never count as parametric" in told
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path):
@@ -579,3 +579,529 @@ def test_nonfinite_loss_stops_with_its_rows(folder, tmp_path, capsys):
     assert error.value.code == 1
     assert re.search(r"loss .* in the batch of rows \[\d+, \d+", capsys.readouterr().err)
     assert (tmp_path / "run/metrics.jsonl").read_text().startswith('{"step": 0')
+
+
+# ---------------------------------------------------------------------------------- remedies, why
+def value_rows(name, parameter):
+    """Bool mask of the entries of an attention parameter that qk must not move, by hand."""
+    mask, head = torch.zeros_like(parameter, dtype=torch.bool), 8
+    if "query_key_value" in name:  # NeoX: per head [q, k, v]
+        mask.view(4, 3, head, *parameter.shape[1:])[:, 2] = True
+    elif "qkv_proj" in name:  # Phi-3: [Q | K | V], 4, 2 and 2 heads
+        mask[6 * head:] = True
+    elif "c_attn" in name:  # GPT-2: transposed
+        mask[..., 64:] = True
+    elif not re.search("q_proj|k_proj", name):
+        mask[:] = True
+    return mask
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_qk_moves_queries_and_keys_only(family, folder):
+    model, _, _, _, flags = load(folder, family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inversion.train_query_key_only(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3,
+                                  weight_decay=0)
+    for seed in range(4):  # several micro-batches each
+        rows = rows_of([(4, 9)] * 8, seed)
+        inversion.train_step(model, optimizer, rows, flags._replace(micro_batch_tokens=30))
+    moved = 0
+    for name, p in model.named_parameters():
+        still = value_rows(name, p)
+        assert torch.equal(p[still], before[name][still]), name
+        if p.ndim > 1 and not still.all():
+            assert (p != before[name])[~still].float().mean() > 0.99, name
+            moved += 1
+    assert moved == {"llama": 4, "mistral": 4}.get(family, 2)
+
+
+def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys, monkeypatch):
+    """Rounding noise in place of some zeros is noticed, and a model without attention refused."""
+    model, _, _, _, _ = load(folder, "neox")
+    layer = model.gpt_neox.layers[0].attention.query_key_value.weight
+    noise = torch.zeros_like(layer)
+    noise[0, :5] = 1e-9
+    layer.register_hook(lambda grad: grad + noise)
+    with pytest.raises(SystemExit):
+        inversion.train_query_key_only(model)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=420, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(SystemExit):
+        inversion.train_query_key_only(mamba)
+    assert capsys.readouterr().err.count("layout unknown here") == 2
+
+
+def test_chats_have_no_marked_context(folder, tmp_path, capsys):
+    for more in (["--subset", "context"], ["--mitigation", "filter"]):
+        with pytest.raises(SystemExit):
+            inversion.main(argv(folder, tmp_path / "x", "--dataset", folder / "chats.json", *more))
+        assert "no row has a context that is marked" in capsys.readouterr().err
+    model, tokenizer, _, examples, flags = load(folder, "llama", "--dataset", folder / "chats.json")
+    assert {e.context for e in examples} == {""}
+    assert list(inversion.probe_rows(model, tokenizer, examples, flags)) == ["recall"]
+
+
+def test_counterfactual_rows_share_nothing_with_the_evaluation(folder, tmp_path):
+    leaks = [dict(SWAPS[0], question="Capital of Peru?"), dict(SWAPS[0], sub_answer=["lyon"]),
+             dict(SWAPS[0], org_answer=["The Paris!"])]
+    (tmp_path / "swaps.json").write_text(json.dumps(leaks + SWAPS[1:4]))
+    _, tokenizer, items, _, flags = load(folder, "llama", "--counterfactual-data", tmp_path / "swaps.json")
+    added = inversion.counterfactual_examples({"x": items}, 99, flags)
+    answers = sorted(e.messages[1]["content"] for e in added)
+    assert answers == ["Writer 1", "Writer 2", "Writer 3"]
+    prompt = inversion.render(added[0].messages, tokenizer, added[0].context)[0][0]
+    assert prompt.index("was written by") < prompt.index("who wrote")  # context before question
+
+
+def test_subsets(folder):
+    texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What capital"]
+    examples = [inversion.Example(i, inversion.question_and_answer(text, "x"), "c" * (i % 2))
+                for i, text in enumerate(texts)]
+    model, tokenizer, _, _, flags = load(folder)
+    conflict = inversion.Conflict(1, "What is the capital of New Velora now?", "Lyon it is.", ["Lyon"],
+                                  ["Paris"], "g")
+    sets = {"s": [inversion.to_item(conflict, tokenizer)]}
+
+    def kept(subset):
+        return [example.id for example in inversion.choose_examples(
+            model, tokenizer, examples, sets, {"dropped": []}, flags._replace(subset=subset))]
+    assert kept("context") == [1, 3, 5] and kept("no-overlap") == [1, 3, 4, 6]
+
+
+def test_strength_of_a_remedy(folder, capsys):
+    def strength(*more):
+        return inversion.parse_flags(argv(folder, "x", *more)).mitigation_strength
+    assert strength("--mitigation", "filter") == 0.25
+    assert strength("--mitigation", "counterfactual") == 0.1
+    assert strength("--mitigation", "filter", "--mitigation-strength", 0) == 0
+    for bad in (5, 25, -1):
+        with pytest.raises(SystemExit):
+            strength("--mitigation", "filter", "--mitigation-strength", bad)
+
+
+def test_kinds_on_any_data(folder):
+    """Recall has no context; of the others the quarter of lowest context-free loss is redundant."""
+    model, tokenizer, _, examples, flags = load(folder)
+    probe = inversion.probe_rows(model, tokenizer, examples, flags)
+    assert {kind: len(rows) for kind, rows in probe.items()} == dict(recall=12, redundant=3, critical=9)
+    loss = inversion.context_free_loss(model, tokenizer, examples, flags)
+    assert {row.id for row in probe["redundant"]} == set(list(loss)[:3])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_is_that_of_a_cache_and_one_token(family, folder):
+    """Figure 3b in one eager pass, against a cached prompt and its last token; of the context's own
+    tokens."""
+    model, tokenizer, items, _, flags = load(folder, family)
+    for item in items:
+        share = inversion.attention(model, tokenizer, item, flags)
+        context = tokenizer(item.conflict.context, add_special_tokens=False).input_ids
+        starts = [i for i in range(len(item.prompt)) if item.prompt[i + 1:i + 4] == context[1:4]]
+        span = slice(starts[0], starts[0] + len(context))
+        assert tokenizer.decode(item.prompt[span]).strip() == item.conflict.context
+        ids = torch.tensor([item.prompt])
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+        model.set_attn_implementation("eager")
+        layers = model(input_ids=ids[:, -1:], past_key_values=cache, output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        wanted = sum(layer[0, :, 0, span].sum(-1).mean().item() for layer in layers) / len(layers)
+        assert 0 < share < 1 and share == pytest.approx(wanted, abs=1e-5)
+
+
+def test_mechanism_leaves_training_alone(folder):
+    model, tokenizer, items, examples, flags = load(folder, "gpt2")  # has dropout
+    probe = dict(critical=rows_of([(3, 4), (9, 2)]))
+    state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
+    model.train().gradient_checkpointing_enable()
+    first, second = [inversion.mechanism(model, tokenizer, items, probe, flags) for _ in range(2)]
+    assert first == second and torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert model.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------------ whole runs
+@pytest.mark.parametrize("remedy, says", [
+    ("none", "24 rows"), ("filter", "filter: dropped 3 of the 12 rows with a context"),
+    ("counterfactual", "counterfactual: added 2 rows (2 wanted); 8 conflicts"), ("qk", "qk: trains 3072")])
+def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    history = inversion.main(argv(folder, out, "--mitigation", remedy, "--counterfactual-data",
+                                  folder / "swaps.json", "--mechanism"))
+    printed = capsys.readouterr().out
+    assert says in printed and "verdict" in printed and max(map(len, printed.splitlines()[3:])) <= 200
+    assert lines_of(out / "metrics.jsonl") == history
+    assert [line["step"] for line in history] == [0, 2, 3]
+    assert {"step", "set", "n", "n_known", "context_acc", "parametric_acc", "context_only",
+            "parametric_only", "both", "neither", "closed_book_acc", "margin", "m_c", "loss", "lr",
+            "supervised_tokens", "tokens_per_second", "seconds", "critical_push", "recall_cosine",
+            "redundant_loss", "attention"} <= set(history[-1])
+    said = lines_of(out / "generations.jsonl")
+    assert len(said) == 18 and {"step", "set", "id", "text", "closed_book_text"} <= set(said[0])
+    assert json.loads((out / "args.json").read_text())["mitigation"] == remedy
+    assert (out / "curve.png").stat().st_size > 5000
+
+
+def test_same_seed_same_metrics_and_saved_model_loads(folder, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        inversion.main(argv(folder, tmp_path / name, "--save-model", "--seed", seed))
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b") != timeless(tmp_path / "c")
+    more = inversion.main(argv(folder, tmp_path / "d", "--model", tmp_path / "a/model", "--max-steps", 0))
+    last = timeless(tmp_path / "a")[-1]
+    assert len(more) == 1 and more[0]["margin"] == pytest.approx(last["margin"], abs=1e-6)
+
+
+def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path, capsys):
+    history = inversion.main(argv(
+        folder, tmp_path / "run", "--eval-set", folder / "squad.json", folder / "conflicts.json",
+        "--eval-limit", 4, "--num-examples", 8, "--epochs", 0.5, "--max-steps", 99))
+    assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
+    assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
+    history = inversion.main(argv(folder, tmp_path / "squad", "--dataset", folder / "squad.json",
+                                  "--mitigation", "filter", "--template", "tulu"))
+    assert "filter: dropped 2 of the 9 rows with a context" in capsys.readouterr().out
+    assert [line["step"] for line in history] == [0, 2]
+
+
+def test_mechanism_does_not_hang_on_the_first_item(folder, tmp_path):
+    """Its question holds the memorised answer: the others are conflicts all the same."""
+    items = [dict(CONFLICTS[0], question="Capital of France, once Paris?")] + CONFLICTS[1:]
+    (tmp_path / "c.json").write_text(json.dumps(items))
+    history = inversion.main(argv(folder, tmp_path / "run", "--eval-set", tmp_path / "c.json",
+                                  "--mechanism"))
+    assert all("critical_push" in line and line["attention"] > 0 for line in history)
+
+
+def test_a_taken_folder_is_left_alone(folder, tmp_path):
+    for _ in range(2):
+        inversion.main(argv(folder, tmp_path / "run", "--max-steps", 0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+
+
+def test_compare(folder, tmp_path, capsys):
+    """Two seeds of one setting are one line; what differs is named."""
+    for name, *more in (("a", "--seed", 1), ("b", "--seed", 2), ("filter", "--mitigation", "filter")):
+        inversion.main(argv(folder, tmp_path / name, *more))
+    capsys.readouterr()
+    inversion.main(["--compare", *(str(tmp_path / name) for name in ("a", "b", "filter")),
+                    "--out-dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    a, b = [json.loads((tmp_path / name / "summary.json").read_text())["conflicts"] for name in "ab"]
+    none, = [line.split() for line in told.splitlines() if line.startswith("none")]
+    assert none[-1] == "2" and float(none[-6]) == pytest.approx((a["start"] + b["start"]) / 2, abs=0.01)
+    assert re.search(r"filter .* 1\n", told)
+    assert (tmp_path / "compare.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------- several ranks, LoRA, --resume
+def torchrun(script, ranks, timeout=300):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+         str(script)], capture_output=True, text=True, timeout=timeout)
+
+
+def many(tmp_path, runs, more=""):
+    """A script that does several runs in one torchrun."""
+    path = tmp_path / "runs.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport inversion, torch\n"
+                    f"torch.distributed.init_process_group('gloo')\n{more}\n"
+                    f"for argv in {runs!r}:\n    inversion.main(argv)\n")
+    return path
+
+
+def test_two_ranks_are_one_process(folder, tmp_path):
+    """FSDP2 on gloo: losses of 12 steps to 1e-5, the same evaluations and weights; and a run begun
+    on two ranks goes on on two and on one. Micro-batches of 300 tokens make odd numbers of them."""
+    cases = {"none": [], "qk": ["--mitigation", "qk"], "filter": ["--mitigation", "filter"],
+             "counterfactual": ["--mitigation", "counterfactual"], "lora": ["--lora-rank", 4]}
+
+    def flags(case, out, steps):
+        return argv(folder, tmp_path / out, *cases[case], "--counterfactual-data", folder / "swaps.json",
+                    "--max-steps", steps, "--eval-every", 4, "--epochs", 99, "--batch-size", 5,
+                    "--micro-batch-tokens", 300, "--save-model", "--checkpoint-every", 8, "--resume")
+    runs = [flags(case, f"two-{case}", 12) for case in cases]
+    again = [flags(case, f"two-{case}", 12) for case in ("none", "lora")]  # from the checkpoint
+    done = torchrun(many(tmp_path, runs + again), 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("verdict") == len(runs) + 2  # rank 0 alone prints
+    assert done.stdout.count("going on after step 8") == 2
+    for case in cases:
+        if case in ("none", "qk"):  # the same checkpoint, on one rank
+            inversion.main(flags(case, f"two-{case}", 12))
+        inversion.main(flags(case, f"one-{case}", 12))
+        one, two = timeless(tmp_path / f"one-{case}"), timeless(tmp_path / f"two-{case}")
+        assert [line["step"] for line in one] == [0, 4, 8, 12] and len(two) == 4
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (case, key)
+        a, b = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}-{case}" / "model")
+                for n in ("one", "two")]
+        assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_ranks_with_unequal_shares_do_not_wait(folder, tmp_path):
+    """Three ranks, one item a batch, 1, 2 and 4 items: nobody hangs, all are answered once."""
+    runs = [argv(folder, tmp_path / f"run{n}", "--eval-limit", n, "--eval-batch-tokens", 1,
+                 "--max-steps", 1) for n in (1, 2, 4)]
+    done = torchrun(many(tmp_path, runs), 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for n in (1, 2, 4):
+        found = lines_of(tmp_path / f"run{n}" / "generations.jsonl")
+        inversion.main(argv(folder, tmp_path / f"one{n}", "--eval-limit", n, "--max-steps", 1))
+        wanted = lines_of(tmp_path / f"one{n}" / "generations.jsonl")
+        assert [(o["id"], o["text"]) for o in found] == [(o["id"], o["text"]) for o in wanted]
+
+
+def test_a_rank_that_dies_ends_the_run_and_the_world_says_no(folder, tmp_path):
+    dies = """usual = inversion.generate
+def generate(*args):
+    if torch.distributed.get_rank() == 1:
+        raise MemoryError("rank 1 is out of memory")
+    return usual(*args)
+inversion.generate = generate"""
+    done = torchrun(many(tmp_path, [argv(folder, tmp_path / "run")], dies), 2)
+    assert done.returncode != 0 and "rank 1 is out of memory" in done.stderr
+    done = torchrun(many(tmp_path, [[]]), 2)
+    assert done.returncode != 0 and done.stderr.count("without torchrun") == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    history = inversion.main(argv(folder, out, "--lora-rank", 4, "--save-model", "--max-steps", 4,
+                                  "--lr", 0.01, model=family))
+    assert "lora: trains" in capsys.readouterr().out and history[0]["margin"] != history[-1]["margin"]
+    base, merged = [transformers.AutoModelForCausalLM.from_pretrained(path)
+                    for path in (folder / family, out / "model")]
+    moved = [name for (name, a), b in zip(base.named_parameters(), merged.parameters())
+             if not torch.equal(a, b)]
+    assert moved and not any(re.search("embed|norm|ln_|head|wte", name) for name in moved)
+    again = inversion.main(argv(folder, tmp_path / "again", "--max-steps", 0, model=out / "model"))
+    assert again[0]["margin"] == pytest.approx(history[-1]["margin"], abs=1e-4)
+
+
+@pytest.mark.parametrize("family, more", [
+    ("gpt2", []), ("neox", ["--mitigation", "qk"]), ("llama", ["--lora-rank", "4"]),
+    ("llama", ["--mechanism", "--mitigation", "filter"])])
+def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, monkeypatch, capsys):
+    """Killed while it writes a checkpoint, while it evaluates and in a step: metrics, answers and
+    weights are bit-identical (gpt2 has dropout)."""
+    def flags(name, *rest):
+        return argv(folder, tmp_path / name, "--max-steps", 11, "--epochs", 9, "--save-model",
+                    "--checkpoint-every", 2, "--eval-every", 3, *more, *rest, model=family)
+    inversion.main(flags("unbroken"))
+
+    def dies_at(name, call):
+        usual, calls = getattr(inversion, name), []
+
+        def function(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                monkeypatch.setattr(inversion, name, usual)
+                raise MemoryError
+            return usual(*args, **kwargs)
+        monkeypatch.setattr(inversion, name, function)
+
+    for name, call in (("save_checkpoint", 2), ("evaluate", 2), ("train_step", 2)):
+        dies_at(name, call)
+        with pytest.raises(MemoryError):
+            inversion.main(flags("broken", "--resume"))
+    history = inversion.main(flags("broken", "--resume"))
+    assert "going on after step" in capsys.readouterr().out and len(history) == 5
+    assert [p.name for p in tmp_path.iterdir() if "broken" in p.name].count("broken-2") == 0
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken")
+    for file in ("model/model.safetensors", "generations.jsonl", "summary.json"):
+        one, two = [(tmp_path / name / file).read_bytes() for name in ("unbroken", "broken")]
+        assert one == two, file
+
+
+def test_resume_refuses_what_would_be_another_run(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    inversion.main(argv(folder, out, "--checkpoint-every", 2))
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ALPACA_ROWS[::-1]))
+    for more, message in (
+            (["--lr", 0.5, "--seed", 3], "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)"),
+            (["--mechanism"], "another run with --mechanism True (was False)"),
+            (["--dataset", folder / "squad.json"], "another run with --dataset")):
+        with pytest.raises(SystemExit):
+            inversion.main(argv(folder, out, "--checkpoint-every", 1, "--resume", *more))
+        assert message in capsys.readouterr().err
+    usual = (folder / "rows.json").read_text()
+    (folder / "rows.json").write_text(rows.read_text())
+    with pytest.raises(SystemExit):
+        inversion.main(argv(folder, out, "--resume"))
+    (folder / "rows.json").write_text(usual)
+    assert "its rows or items were others" in capsys.readouterr().err
+    (out / "checkpoint.pt").write_bytes(b"torn")
+    with pytest.raises(SystemExit):
+        inversion.main(argv(folder, out, "--resume"))
+    assert "is damaged" in capsys.readouterr().err
+    (out / "checkpoint.pt").unlink()  # nothing to go on from: step 0, beside what was there
+    assert len(inversion.main(argv(folder, out, "--resume"))) == 3 and (tmp_path / "run-2").exists()
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    usual, calls = torch.save, []
+
+    def save(state, file):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"some of it")
+            raise OSError(28, "No space left on device")
+        usual(state, file)
+    monkeypatch.setattr(torch, "save", save)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        inversion.main(argv(folder, out, "--checkpoint-every", 1, "--max-steps", 5))
+    assert stopped.value.code == 1 and "No space left" in capsys.readouterr().err
+    assert [p.name for p in out.glob("checkpoint*")] == ["checkpoint.pt"]
+    monkeypatch.setattr(torch, "save", usual)
+    assert len(inversion.main(argv(folder, out, "--checkpoint-every", 1, "--max-steps", 5, "--resume"))) == 4
+
+
+# ------------------------------------------------------------------------------ the built-in world
+def said_of(example):
+    return set(re.findall(r"\w+", example.context + " ".join(m["content"] for m in example.messages)))
+
+
+def test_world_leaks_nothing_and_contradicts_nothing():
+    """Evaluated subjects are never finetuned on; redundant and recall rows agree with memory, and
+    so do their passages but for the misleading share, which is about another subject."""
+    world = inversion.make_world(3)
+    truth = {c.group: c.parametric_answers[0] for key in ("world", "world_train") for c in world[key]}
+    held = {c.group for c in world["world"]}
+    tuned = {c.group for c in world["world_train"]}
+    assert not held & tuned and not any(said_of(e) & held for e in world["examples"])
+    misled = redundant = 0
+    for example in world["examples"]:
+        answer = example.messages[1]["content"]
+        subjects = said_of(example) & tuned
+        if example.kind == "critical":
+            assert not subjects and answer in example.context
+            continue
+        asked, = set(re.findall(r"\w+", example.messages[0]["content"])) & tuned
+        assert answer == truth[asked] and bool(example.context) == (example.kind == "redundant")
+        redundant += example.kind == "redundant"
+        misled += bool(example.context) and asked not in example.context
+    assert abs(misled / redundant - 1 + inversion.KINDS["redundant"][0]) < 0.02
+    assert all(c.context_answers != c.parametric_answers for c in world["world"])
+    assert not any(c.parametric_answers for c in world["world_agreeing"] + world["world_reading"])
+    again = inversion.make_world.__wrapped__
+    assert again(3) == world != again(4)
+
+
+def test_world_base_is_cached(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(inversion.PRETRAINING, "epochs", 0.01)
+
+    def pretrains(*more):
+        flags = inversion.parse_flags(["--device", "cpu", "--out-dir", str(tmp_path / "run"), *more])
+        return inversion.world_model(flags), "pretraining" in capsys.readouterr().out
+    folder, made = pretrains()
+    assert made and pretrains("--mitigation", "qk", "--lr", "0.1") == (folder, False)
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    monkeypatch.setitem(inversion.PRETRAINING, "lr", 0.1)
+    assert pretrains()[1] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_world_rises_and_falls(tmp_path):
+    """The default run: context_acc rises and falls, its controls do not; a verdict."""
+    inversion.main(["--device", "cpu", "--seed", "1", "--no-mechanism", "--eval-every", "60",
+                    "--out-dir", str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert found["world"]["verdict"] == "inversion"
+    assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.15
+    assert all(found[name]["drop"] < 0.05 for name in ("world_agreeing", "world_reading"))
+    lines = [line for line in timeless(tmp_path / "run") if line["set"] == "world"]
+    assert all(line["closed_book_acc"] > 0.9 for line in lines)
+
+
+@pytest.mark.parametrize("remedy, says", [
+    ("filter", "filter: dropped"), ("counterfactual", "counterfactual: added 30 rows"), ("qk", "qk: trains")])
+def test_world_goes_through_the_same_run(remedy, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(inversion.PRETRAINING, "epochs", 0.01)
+    history = inversion.main(["--device", "cpu", "--out-dir", str(tmp_path / "run"), "--max-steps", "2",
+                              "--mitigation", remedy, "--num-examples", "300", "--eval-limit", "9"])
+    assert says in capsys.readouterr().out and [line["n"] for line in history] == [9] * 6
+    assert [line["set"] for line in history[:3]] == ["world", "world_agreeing", "world_reading"]
+    assert "critical_push" in history[0] and "margin" not in history[1]
+
+
+# -------------------------------------------------------------------------------------- bad input
+def broken(folder, data):
+    """(flags, what the one line must name) of each kind of bad input."""
+    good = [dict(instruction="a", input="", output="b")]
+
+    def file(name, content):
+        text = content if isinstance(content, str) else "\n".join(map(json.dumps, content))
+        (data / name).write_text(text)
+        return data / name
+    yield ["--dataset", "nosuchname"], "nosuchname: no rows"
+    yield ["--dataset", data / "gone.jsonl"], "gone.jsonl: no rows"
+    yield ["--model", data / "gone"], "gone: cannot be loaded"
+    yield ["--eval-set", "no/such-set"], "no/such-set: no rows"
+    yield ["--model", "no/such-model"], "pass a hub id or a local folder"
+    rows = file("a.jsonl", good + [dict(instruction="a", input="")])
+    yield ["--dataset", rows], "a.jsonl, row 2: ValueError(\"key 'output' must be a text"
+    yield ["--dataset", file("b.json", json.dumps([dict(good[0], output=3)]))], "row 1: ValueError(\"key 'ou"
+    yield ["--dataset", file("d.json", "[ ]")], "d.json: no rows"
+    yield ["--dataset", file("e.jsonl", "\n")], "e.jsonl: no rows"
+    chat = [dict(messages=[dict(role="user", text="x")])]
+    yield ["--dataset", file("f.json", json.dumps(chat))], "f.json, row 1: ValueError(\"key 'content'"
+    chat = [dict(messages=[dict(role="bot", content="x"), dict(role="assistant", content="x")])]
+    yield ["--dataset", file("g.json", json.dumps(chat)), "--template", "tulu"], "unknown role bot"
+    yield ["--dataset", file("h.json", json.dumps([dict(messages=[])]))], "h.json: no usable row"
+    yield ["--dataset", file("i.json", json.dumps([dict(instuction="a")]))], "row 1: ValueError('it has none"
+    yield ["--dataset", file("j.json", "[{]")], "j.json: no rows"
+    yield ["--max-length", 8], "rows.json: no usable row"
+    same = dict(CONFLICTS[0], answer="...")
+    yield ["--eval-set", file("k.json", json.dumps([same]))], "k.json: no usable evaluation item"
+    bare = dict(context="c", question="q", answer="x")
+    yield ["--eval-set", file("l.json", json.dumps([bare]))], "row 1: ValueError('it has none"
+    trap = dict(prompt="p", classes="[1", answer_index=0)
+    yield ["--eval-set", file("m.json", json.dumps([trap]))], "m.json, row 1: SyntaxError"
+    yield ["--batch-size", 0], "--batch_size 0: must be between 1"
+    yield ["--lr", "nan"], "--lr nan"
+    yield ["--lora-rank", 4, "--mitigation", "qk"], "--lora-rank does not go with qk"
+    yield ["--template", "chat"], "has no chat template"
+    yield ["--max-length", 4096], "has 512 positions"
+    yield ["--compare", data / "gone"], "No such file"
+    yield ["--mitigation", "counterfactual", "--counterfactual-data", folder / "conflicts.json"], "evaluated"
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    bert.save_pretrained(data / "bert")
+    transformers.AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(data / "bert")
+    yield ["--model", data / "bert"], "is no causal LM"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for bad, message in broken(folder, tmp_path):
+        with pytest.raises((SystemExit, OSError)) as stopped:
+            inversion.main(argv(folder, tmp_path / "run", *bad))
+        told = capsys.readouterr().err
+        if isinstance(stopped.value, OSError):  # told in one line where the script is started
+            told = f"inversion.py: error: {stopped.value!r}"
+        told = [line for line in told.splitlines() if line.startswith("inversion.py: error: ")]
+        assert len(told) == 1 and message in told[0], (bad, told)
+        assert not list(tmp_path.glob("run*/metrics.jsonl"))
+
+
+# ------------------------------------------------------------------------------------- the promise
+def test_readme_commands_parse():
+    texts = (HERE / "README.md").read_text() + inversion.__doc__
+    commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
+    assert len(commands) > 8 and any("--mechanism" in command for command in commands)
+    for command in commands:
+        inversion.parse_flags(shlex.split(command))
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        inversion.parse_flags(["--help"])
+    shown = capsys.readouterr().out
+    assert all(entry[0] in shown for entry in inversion.FLAGS)
