@@ -10,7 +10,7 @@ causal LM, asks it questions with counterfactual contexts every few steps, and d
     python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
 
-Parts 1 to 5 are the paper: what is measured, training, remedies, why, how sure. The rest is
+Parts 1 to 5 are to be read: what is measured, training, remedies, why, how sure. The rest is
 plumbing that you may skip: the built-in world, data, large models, report, flags and main.
 """
 import argparse
@@ -50,7 +50,6 @@ class Example:
     id: int | str
     messages: list     # [{"role": "system", "user" or "assistant", "content": text}, ...]
     context: str = ""  # the passage that the first user turn is about; "" where none is marked
-    kind: str = ""     # critical, redundant or recall, where that is known: in the built-in world
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
@@ -86,7 +85,8 @@ class Item:
 # ================================================================ 1. what is measured (section 3)
 
 def words(text):
-    """Words of a text as compared: no case, accents, punctuation or articles; U.S. is us."""
+    """Words of a text as compared: no case, accents, punctuation or articles; U.S. is us, and
+    kilometres are km, as in World Facts."""
     text = unicodedata.normalize("NFKD", text).casefold()
     text = "".join(c for c in text if not unicodedata.combining(c))
     text = re.sub(r"(?<=\d),(?=\d{3})|(?<=\b[^\W\d_])\.|['’]s\b|['’`]", "", text)
@@ -107,7 +107,7 @@ def score(text, conflict):
 
     def contains(answers, rivals):
         rest = said
-        for rival in map(plain, rivals):
+        for rival in map(plain, rivals):  # a longer rival hides the answer inside it
             if any(plain(answer) in rival and plain(answer) != rival for answer in answers):
                 rest = rest.replace(rival, "|")
         return any(plain(answer) in rest for answer in answers)
@@ -266,8 +266,8 @@ def train_step(model, optimizer, batch, flags):
     targets = sum(row.targets for row in batch)
     lengths = [len(row.input_ids) for row in batch]
     step_loss = torch.zeros((), device=flags.device)
-    for indices, counts in deal(micro_batches(lengths, flags.micro_batch_tokens)):
-        loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * counts
+    for indices, real in deal(micro_batches(lengths, flags.micro_batch_tokens)):
+        loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * real
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
         step_loss += loss.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -290,7 +290,7 @@ def batch_of(rows, step, flags):
     """The rows of one optimizer step: a new order each epoch, from seed and epoch alone. An epoch's
     last batch may be short; its targets then weigh more."""
     epoch, position = divmod(step, math.ceil(len(rows) / flags.batch_size))
-    shuffle = torch.Generator().manual_seed((flags.seed * 1_000_003 + epoch) % 2**63)
+    shuffle = torch.Generator().manual_seed(flags.seed * 1_000_003 + epoch)
     order = torch.randperm(len(rows), generator=shuffle)
     return [rows[i] for i in order.split(flags.batch_size)[position].tolist()]
 
@@ -332,8 +332,7 @@ def measure(model, tokenizer, sets, probe, step, state, folder, flags):
         line = where | metrics(outcomes) | state["log"]
         if probe and "margin" in line:
             line |= mechanism(model, tokenizer, items, probe, flags)
-        line["seconds"] = time.perf_counter() - began
-        state["history"].append(line)
+        state["history"].append(line | {"seconds": time.perf_counter() - began})
         state["outcomes"] += [where | outcome for outcome in outcomes]
         tqdm.write(table_row(line))
     write_lines(folder / "metrics.jsonl", state["history"])
@@ -399,8 +398,8 @@ def naming_examples(examples, sets):
 def choose_examples(model, tokenizer, examples, sets, state, flags):
     """The examples to train on: what --subset and --mitigation leave of them, or add to them. The
     choice of filter is kept in `state`, so that a resumed run does not choose anew."""
-    needed = flags.subset == "context" or flags.mitigation == "filter"
-    require(not needed or any(example.context for example in examples),
+    require(flags.subset != "context" and flags.mitigation != "filter"
+            or any(example.context for example in examples),
             f"{flags.dataset}: no row has a context that is marked as one, as in chats")
     drop = set()
     if flags.subset == "context":
@@ -444,12 +443,9 @@ def train_query_key_only(model):
         if not mask.all():
             require(ranks() == 1, "--mitigation qk: this model keeps queries, keys and values in "
                     "one matrix, which is trained in one process only; run it without torchrun")
-            parameter.register_post_accumulate_grad_hook(functools.partial(hold_still, mask))
+            parameter.register_post_accumulate_grad_hook(  # AdamW without decay then moves the rest
+                lambda p, mask=mask: setattr(p, "grad", p.grad * mask))  # nowhere
     print("qk: trains", sum(int(mask.sum()) for mask in moves.values()), "weights")
-
-def hold_still(mask, parameter):
-    """Zero the gradient outside the mask; AdamW without weight decay then moves nothing there."""
-    parameter.grad.mul_(mask)
 
 # ============================================================================ 4. why (section 5)
 
@@ -465,7 +461,7 @@ def probe_rows(model, tokenizer, examples, flags):
     probe = collections.defaultdict(list)
     for row in encode(examples, tokenizer, flags.max_length)[0]:
         probe[kinds.get(row.id, "recall")].append(row)
-    return {kind: probe[kind][:PROBE] for kind in sorted(probe)}
+    return {kind: rows[:PROBE] for kind, rows in probe.items()}
 
 def gradient(model, rows, weights, flags):
     """(sum over rows of weight x log-probability of the row's targets, its gradient: a tensor for
@@ -493,9 +489,8 @@ def mechanism(model, tokenizer, items, probe, flags):
     minus the gradient of that loss, so that a small step on this kind alone changes the margin by
     lr x push: above 0 it raises context reliance. Proposition 1: critical > 0 early, redundant < 0
     later; Proposition 2: recall < 0. KIND_cosine: the same of unit length. attention: see there."""
-    model.eval()
-    for module in model.modules():  # layers checkpoint in train mode only; the dropout that they
-        module.training = getattr(module, "gradient_checkpointing", False)  # hold stays off
+    for module in model.modules():  # eval mode, but for layers that checkpoint, only in train mode
+        module.training = getattr(module, "gradient_checkpointing", False)
     conflicts = draw([item for item in items if item.parametric_row], PROBE, seed=0)
     rows, weights = [], []
     for item in conflicts:
@@ -537,8 +532,8 @@ def attention(model, tokenizer, item, flags):
 # ================================================================= 5. how sure (not in the paper)
 
 def summarise(outcomes):
-    """Where context_acc of one set starts, peaks and ends, its rise, its drop and a verdict, from a
-    table of the outcomes of all evaluations.
+    """Where context_acc of one set starts, peaks (the plain maximum) and ends, its rise, its drop
+    and a verdict, from a table of the outcomes of all evaluations.
 
     The highest of many evaluations is too high by luck. So each half of the groups is measured at
     the peak that the other half chose: rise and drop are the mean changes from the first evaluation
@@ -557,7 +552,7 @@ def summarise(outcomes):
         rise, drop = at_peak - mine.iloc[:, 0], at_peak - mine.iloc[:, -1]
         changes.append(pandas.DataFrame({"rise": rise, "drop": drop}))
     changes, free = pandas.concat(changes), len(hits) - 1
-    reach = changes.sem() * (1.96 + 2.37 / free + 2.82 / free ** 2)  # Student's t, to two terms
+    reach = changes.sem() * (1.96 + 2.9 / free)  # Student's t, to 1% for six groups and more
     for name, mean in changes.mean().items():
         found |= {name: mean, f"{name}_low": mean - reach[name], f"{name}_high": mean + reach[name]}
     conflicting = "margin" in outcomes.dropna(axis=1, how="all")
@@ -582,8 +577,8 @@ def make_world(seed):
     Examples to finetune on, and the name of each set: Conflicts}.
 
     Known subjects have one true capital, learned in pretraining. Three in four of them, the tuned
-    ones, occur in finetuning, the others only in the evaluation. That keeps to every other capital,
-    so that --subset no-overlap leaves rows."""
+    ones, occur in finetuning, the others only in the evaluation. Evaluated are only every other of
+    the capitals, so that --subset no-overlap leaves rows."""
     rng = random.Random(f"world {seed}")
     letters = itertools.product("BDFGKL", "aeiou", "mnprst", "aeiou", "nrls")
     names = ["".join(name) for name in letters]
@@ -627,7 +622,7 @@ def world_example(rng, id, kind, subjects, truth, answers):
     question = rng.choice(STATEMENTS + QUESTIONS if kind == "fact" else QUESTIONS).format(subject)
     passage = f"{rng.choice(STATEMENTS).format(about)} {told}."
     return Example(id, question_and_answer(question, answer),
-                   "" if kind in ("fact", "recall") else passage, kind)
+                   "" if kind in ("fact", "recall") else passage)
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
@@ -638,20 +633,20 @@ def world_model(flags):
     """Folder of the world's base model, a one-layer Llama as in the paper's theory: from an earlier
     run or made now, with the step that finetunes."""
     world = make_world(flags.seed)
-    key = repr([world, PRETRAINING, flags.device, torch.__version__])
-    name = f"world-{flags.seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = Path(flags.out_dir or "runs/none").with_name(name)
+    key = repr([world, PRETRAINING, flags.device, flags.dtype, torch.__version__])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
     if folder.exists():
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
-    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     splitter.train_from_iterator(
         [f"{example.context} {example.messages}" for example in world["documents"]],
         tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
-    rows, _ = encode(world["documents"], tokenizer, flags.max_length)
+    rows, _ = encode(world["documents"], tokenizer, max_length=64)
     torch.manual_seed(flags.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
@@ -715,7 +710,7 @@ SHAPES = {  # a key that tells the shape: the keys of question, context, answers
     "instruction": ("instruction", "input", "output", ""),  # Alpaca: its input may be missing
     "completion": ("prompt", "", "completion", "")}
 
-def texts(row, key):
+def as_texts(row, key):
     """row[key] as a list of texts: of a text, a list of them, or SQuAD's dict with such a list."""
     value = row.get(key)
     if not key or key == "input" and value is None:  # Alpaca's may be missing
@@ -730,20 +725,21 @@ def parse_row(row):
     """(messages, context, context's answers, memorised answers) of a row of any known shape. A chat
     marks no context, and one cannot be guessed. Raises ValueError and the like."""
     if row.get("messages") is not None:
-        return [{"role": texts(message, "role")[0], "content": texts(message, "content")[0]}
+        return [{"role": as_texts(message, "role")[0], "content": as_texts(message, "content")[0]}
                 for message in row["messages"]], "", [], []
     if "classes" in row:  # memo-trap: an instruction with the odd ending, then a famous quote
         endings = ast.literal_eval(str(row["classes"]))  # the raw files hold a list as a text
         odd, usual = endings if int(row["answer_index"]) == 0 else endings[::-1]
-        instruction, _, quote = texts(row, "prompt")[0].partition(": ")
+        instruction, _, quote = as_texts(row, "prompt")[0].partition(": ")
         row = {"question": quote, "sub_context": instruction + ":", "sub_answer": odd,
                "org_answer": usual}
     for mark, keys in SHAPES.items():
         if mark in row:
-            (question,), context, answers, memory = [texts(row, key) for key in keys]
+            (question,), context, answers, memory = [as_texts(row, key) for key in keys]
             if "memory_answer" in row or "parametric_answer" in row:
                 person = "parametric_answer" in row
-                answers, memory = aliases(answers[0], person), aliases(memory[0], person)
+                answers = sum([aliases(text, person) for text in answers], [])
+                memory = sum([aliases(text, person) for text in memory], [])
             messages = question_and_answer(question, "".join(answers[:1]))
             if "instruction" in row:
                 messages[0]["input"] = ""  # has a place of its own in the template of Alpaca
@@ -756,7 +752,7 @@ def parse_rows(name):
     for number, row in enumerate(load_rows(name), 1):
         try:
             found.append((number, *parse_row(row)))
-        except (ValueError, KeyError, TypeError, SyntaxError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, SyntaxError, AttributeError) as error:
             require(False, f"{name}, row {number}: {error!r:.200}")
     return found
 
@@ -778,14 +774,15 @@ def scorable(answers, rivals, question):
 
 def load_conflicts(name, flags):
     """The Conflicts of a set; what cannot be scored is dropped and counted."""
-    if flags.model == "world" and name.startswith("world"):
-        return make_world(flags.seed)[name]
+    world = make_world(flags.seed) if flags.model == "world" else {}
+    if name in world:
+        return world[name]
     rows, found, unscorable, echoes = parse_rows(name), {}, 0, 0
     for id, messages, context, answers, memory in rows:
         question = messages[0]["content"]
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
         key = (context, question, *answers)
-        if not mine or plain(answers[0]) in map(plain, memory):
+        if not context or not mine or plain(answers[0]) in map(plain, memory):
             unscorable += 1
         elif key not in found:
             found[key] = Conflict(id, question, context, mine, theirs, group=question)
@@ -799,7 +796,7 @@ def load_examples(flags):
     if flags.dataset == "world":
         examples = make_world(flags.seed)["examples"]
     else:
-        examples = [Example(id, *found[:2]) for id, *found in parse_rows(flags.dataset)]
+        examples = [Example(*found[:3]) for found in parse_rows(flags.dataset)]
     return draw(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
 
 TEMPLATES = {"alpaca": (  # Stanford's: for Alpaca's own rows, context and question are apart
@@ -815,15 +812,16 @@ TEMPLATES = {"alpaca": (  # Stanford's: for Alpaca's own rows, context and quest
     "{{ '<|' + m.role + '|>\n' + m.content }}{{ eos_token if m.role == 'assistant' else '' }}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
 
-def set_template(tokenizer, single_turn, flags):
+def set_template(tokenizer, examples, flags):
     """Settle --template by giving the tokenizer its chat_template: from here on all parts render
     with the tokenizer alone, and a saved model carries what it was trained with."""
-    name = flags.template
+    name, turns = flags.template, {len(example.messages) for example in examples}
     if name == "auto":
-        name = "chat" if tokenizer.chat_template else "tulu"
-        name = "alpaca" if single_turn else name
-    template = TEMPLATES.get(name, tokenizer.chat_template)
-    require(template, f"--template chat: {flags.model} has no chat template; try --template tulu")
+        name = "alpaca" if turns <= {2} else "tulu"
+        name = "chat" if tokenizer.chat_template and turns != {2} else name
+    require(name in TEMPLATES or tokenizer.chat_template, f"--template chat: {flags.model} has no "
+            "chat template; try --template tulu")
+    template = TEMPLATES.get(name) or tokenizer.get_chat_template()
     tokenizer.chat_template = re.sub(  # a date of today would make other prompts tomorrow
         r"strftime_now\([^)]*\)", "'1 January 2025'", template)
     parts = render(question_and_answer("Hi", "Hello"), tokenizer)
@@ -841,7 +839,7 @@ def special_token(tokenizer):
     return re.compile(r"\s*(" + "|".join(tokens) + ")")
 
 def answer_place(turns, tokenizer):
-    """(all that precedes an answer to these turns, the token that ends it) in the tokenizer's chat
+    """(all that precedes an answer to these turns, what ends it) in the tokenizer's chat
     template, which is shown a mark in place of the answer: so a prompt does not depend on it."""
     def show(*answer, **how):
         return tokenizer.apply_chat_template(
@@ -942,9 +940,9 @@ def in_batches(work, lengths, budget):
     """Results of work(indices), a list per batch, for sequences of these lengths: all of them, in
     order, on every rank. Batches hold similar lengths; each rank works on its share."""
     results = {}
-    for indices, counts in deal(micro_batches(lengths, budget)):
+    for indices, real in deal(micro_batches(lengths, budget)):
         found = work(indices)
-        if counts:
+        if real:
             results |= zip(indices, found)
     if ranks() > 1:
         shares = [None] * ranks()
@@ -974,7 +972,7 @@ def add_lora(model, flags):
     torch.manual_seed(flags.seed)
     model = peft.get_peft_model(model, peft.LoraConfig(
         r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    print("lora: trains", sum(p.numel() for p in model.parameters() if p.requires_grad), "weights")
+    model.print_trainable_parameters()
     return model
 
 def write(path, save):
@@ -994,7 +992,7 @@ def write(path, save):
 def write_lines(path, lines):
     """A JSONL file of dicts."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write(path, lambda file: file.write(text.encode(errors="replace")))
+    write(path, lambda file: file.write(text.encode()))
 
 WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 def save_checkpoint(model, optimizer, state, folder):
@@ -1027,7 +1025,8 @@ def load_state(folder, flags):
     return saved
 
 def restore(model, optimizer, saved):
-    """Move a checkpoint's weights and optimizer out of `saved` and in place, from rank 0 to all."""
+    """Move a checkpoint's weights and optimizer out of `saved`, which would keep their memory, and
+    in place, from rank 0 to all."""
     how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
     dcp.set_state_dict(model, optimizer, model_state_dict=saved.pop(0),
                        optim_state_dict=saved.pop(0), options=how)
@@ -1047,8 +1046,8 @@ HEAD = "  step set              loss context_acc parametric_acc margin"
 
 def table_row(line):
     """One row of the table that stands under HEAD."""
-    text = (f"{line['step']:6} {line['set']:14} {line['loss'] or math.nan:7.3f} "
-            f"{line['context_acc']:11.3f}")
+    text = f"{line['step']:6} {line['set'][-14:]:14} {line['loss'] or math.nan:7.3f}"
+    text += f" {line['context_acc']:11.3f}"
     if "margin" in line:
         text += f" {line['parametric_acc']:14.3f} {line['margin']:6.2f}"
     return text
@@ -1075,8 +1074,8 @@ def report(state, sets, folder):
     """Print the verdict on each set; write curve.png and, last, summary.json."""
     outcomes = pandas.DataFrame(state["outcomes"]).groupby("set")
     summaries = {name: summarise(outcomes.get_group(name)) for name in sets}
-    print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:")
-    print(pandas.DataFrame(summaries).to_string(float_format="{:.3f}".format))
+    print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:",
+          pandas.DataFrame(summaries).to_string(float_format="{:.3f}".format), sep="\n")
     draw_curves(state["history"], ["set"], folder / "curve.png")
     write_lines(folder / "summary.json", [summaries])  # it marks a run that has finished
 
@@ -1088,14 +1087,14 @@ def compare(folders, path):
         flags = json.loads((folder / "args.json").read_text())
         setting = {name: str(value) for name, value in flags.items() if name not in FREE}
         for name, found in json.loads((folder / "summary.json").read_text()).items():
-            runs.append(setting | found | {"set": name})
-        history = (folder / "metrics.jsonl").read_text().splitlines()
-        lines += [setting | json.loads(line) for line in history]
+            runs.append({"drop": math.nan} | setting | found | {"set": name})
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            lines.append(json.loads(line) | setting)
     runs = pandas.DataFrame(runs)
     labels = [name for name in setting if runs[name].nunique() > 1 and name != "seed"] + ["set"]
     groups = runs.groupby(labels)
-    table = groups[["start", "peak", "final", "drop"]].mean()
-    table = table.assign(drop_sd=groups["drop"].std(), n=groups.size())
+    table = groups[["start", "peak", "final", "drop"]].mean().assign(
+        drop_sd=groups["drop"].std(), n=groups.size())
     print(table.to_string(float_format="{:.2f}".format))
     draw_curves(lines, labels, path)
 
@@ -1155,11 +1154,11 @@ def parse_flags(argv=None):
         if isinstance(kind, list):
             how = {"choices": kind}
         parser.add_argument(name, default=default, help=text, **how)
-    first = parser.parse_args(argv)
+    first = parser.parse_args(argv)  # tells which defaults apply
     parser.set_defaults(**(WORLD_FLAGS if first.model == "world" else {}))
     require(not first.lora_rank or first.mitigation != "qk", "--lora-rank does not go with qk")
     parser.set_defaults(mitigation_strength=STRENGTH.get(first.mitigation),
-                        device=str(torch.accelerator.current_accelerator() or "cpu"))
+                        device=str(torch.accelerator.current_accelerator(True) or "cpu"))
     flags = parser.parse_args(argv)
     for name, value in vars(flags).items():
         if type(value) in (int, float):
@@ -1178,9 +1177,9 @@ def load_pretrained(auto, source, flags, **how):
                 "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
 
 def load_model(source, tokenizer, flags):
-    """The model with fp32 weights (bf16 on a GPU where they are not trained), set to greedy answers
-    that end where the template's turns end. Exits if it is no causal LM."""
-    frozen = flags.max_steps == 0 or flags.lora_rank > 0
+    """The model with fp32 weights (bf16 where they are not trained and arithmetic is bf16), set to
+    greedy answers that end where the template's turns end. Exits if it is no causal LM."""
+    frozen = flags.max_steps == 0 or flags.lora_rank
     dtype = torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32
     model, info = load_pretrained(transformers.AutoModelForCausalLM, source, flags, dtype=dtype,
                                   use_safetensors=True, output_loading_info=True)
@@ -1190,7 +1189,7 @@ def load_model(source, tokenizer, flags):
     one, other = model.eval()(input_ids=ids).logits[:, 0].float()
     causal = torch.dist(one, other) <= 1e-4 * one.norm()  # a token does not see the ones after it
     require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
-            f"weights: {sorted(info['missing_keys'])[:3]}")
+            f"weights: {info['missing_keys']!r:.200}")
     own = model.generation_config.eos_token_id  # a token, several, or None
     turn = tokenize(question_and_answer("Hi", "Hello"), tokenizer)[-1][0]
     stops = {tokenizer.eos_token_id, turn[-1], *(own if isinstance(own, list) else [own])} - {None}
@@ -1209,7 +1208,7 @@ def load_data(source, flags):
     require(flags.max_length <= positions, f"--max-length {flags.max_length}: {flags.model} has "
             f"{positions} positions")
     examples = load_examples(flags) if flags.max_steps != 0 else []
-    set_template(tokenizer, all(len(example.messages) == 2 for example in examples), flags)
+    set_template(tokenizer, examples, flags)
     sets = {}
     for name in flags.eval_set:
         conflicts = draw(load_conflicts(name, flags), flags.eval_limit, seed=0)
@@ -1217,7 +1216,7 @@ def load_data(source, flags):
         items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
         print(f"{name}: {len(conflicts) - len(items)} items are longer than the model's positions")
         require(items, f"{name}: no usable evaluation item")
-        sets[Path(name).stem] = items
+        sets[name] = items
     return tokenizer, sets, examples
 
 def open_folder(flags):
@@ -1266,12 +1265,13 @@ def experiment(flags):
           f"\nfiles in {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
     report(state, sets, folder)
+    print("peak memory on the GPU:", torch.cuda.max_memory_allocated() >> 20, "MiB")
     if flags.save_model:
         save_model(model, tokenizer, folder / "model", flags)
     return state["history"]
 
 def main(argv=None):
-    """Do what the flags say; return the history: the lines of metrics.jsonl as dicts."""
+    """Do what the flags say; of a run, return the history: the lines of metrics.jsonl as dicts."""
     flags = parse_flags(argv)
     transformers.utils.logging.disable_progress_bar()
     if flags.compare:
@@ -1279,7 +1279,7 @@ def main(argv=None):
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
         if flags.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo" if flags.device == "cpu" else "cpu:gloo,cuda:nccl")
+        dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
     require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
             "the world and --mechanism run in one process, without torchrun")
     if rank() == 0:
@@ -1294,4 +1294,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         require(False, "interrupted; the evaluations so far are in the run's folder", 130)
     except OSError as error:
-        require(False, f"{error!r:.200}; what was written before is whole", 1)
+        require(False, f"{error!r:.200}", status=1)
