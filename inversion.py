@@ -5,7 +5,7 @@ Instruction finetuning first raises and then lowers how much a language model re
 context when that context contradicts what it memorised in pretraining. This script finetunes a
 causal LM, asks it questions with counterfactual contexts every few steps, and draws the curve:
 
-    python inversion.py                              # a built-in world, offline, in two minutes
+    python inversion.py                              # a built-in world, offline, in a few minutes
     python inversion.py --model EleutherAI/pythia-1b --dataset alpaca --eval-set world_facts squad
     python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
