@@ -959,7 +959,7 @@ def shard(model, flags):
     policy = fsdp.MixedPrecisionPolicy(bf16, reduce_dtype=torch.float32)
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for module in [*layers, model]:
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
 
 def add_lora(model, flags):
@@ -1028,8 +1028,8 @@ def restore(model, optimizer, saved):
     """Move a checkpoint's weights and optimizer out of `saved`, which would keep their memory, and
     in place, from rank 0 to all."""
     how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
-    dcp.set_state_dict(model, optimizer, model_state_dict=saved.pop(0),
-                       optim_state_dict=saved.pop(0), options=how)
+    dcp.set_model_state_dict(model, saved.pop(0), options=how)  # set_state_dict does both, and
+    dcp.set_optimizer_state_dict(model, optimizer, saved.pop(0), options=how)  # hangs elsewhere
 
 def save_model(model, tokenizer, folder, flags):
     """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""

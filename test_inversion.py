@@ -779,8 +779,7 @@ def test_world_leaks_nothing_and_contradicts_nothing():
 
 def test_world_rises_and_falls(tmp_path):
     """The default run: context_acc rises and falls, its controls do not; a verdict."""
-    torch.set_num_threads(2)
-    inversion.main(["--device", "cpu", "--seed", "1", "--no-mechanism", "--eval-every", "60",
+    inversion.main(["--device", "cpu", "--seed", "3", "--no-mechanism", "--eval-every", "60",
                     "--out-dir", str(tmp_path / "run")])
     found, = lines_of(tmp_path / "run/summary.json")
     assert found["world"]["verdict"] == "inversion"
