@@ -1,9 +1,6 @@
-"""Tests of inversion.py: python -m pytest -q (CPU, offline). Tiny models with random weights, a
-tokenizer trained here and files in a temporary folder stand in for real ones; all go in as flags.
-The first eight tests are the ones to read."""
-import functools
+"""Tests: python -m pytest -q (CPU, offline). Tiny random models, a tokenizer trained here and files
+in a temporary folder stand in for real ones. The first eight tests are the ones to read."""
 import json
-import math
 import random
 import re
 import shlex
@@ -26,30 +23,28 @@ from inversion import question_and_answer
 
 pretrained = transformers.AutoModelForCausalLM.from_pretrained
 torch.set_num_threads(1)  # in work on tiny tensors, threads mostly wait for each other
-SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-             intermediate_size=48, max_position_embeddings=512, bos_token_id=0, eos_token_id=1)
-CONFIGS = {"llama": transformers.LlamaConfig(num_key_value_heads=2, **SIZES),
-           "mistral": transformers.MistralConfig(num_key_value_heads=2, **SIZES),
-           "neox": transformers.GPTNeoXConfig(**SIZES), "gpt2": transformers.GPT2Config(**SIZES),
-           "phi3": transformers.Phi3Config(num_key_value_heads=2, pad_token_id=1, **SIZES)}
+SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, intermediate_size=48,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+             bos_token_id=0, eos_token_id=1)
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES), "mistral": transformers.MistralConfig(**SIZES),
+    "neox": transformers.GPTNeoXConfig(**SIZES), "gpt2": transformers.GPT2Config(**SIZES),
+    "phi3": transformers.Phi3Config(**SIZES, pad_token_id=1)}
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}")
-TURNS = [dict(role="system", content="Be kind."), *question_and_answer("Hi", "Hello"),
+TURNS = [dict(role="system", content="Go."), *question_and_answer("Hi", "Hello"),
          *question_and_answer("Bye", "Ciao")]
-CHATS = [dict(messages=TURNS)] * 9
 ROWS = [dict(instruction=f"Say the number {i}.", input=f"The number is {i * 7}." * (i % 2),
              output=f"It is {i}.") for i in range(24)]
 CONFLICTS = [dict(context=f"The capital of {country} moved to {new}.", answer=new,
                   question=f"Capital of {country}?", memory_answer=old) for country, new, old in [
     ("France", "Lyon", "Paris"), ("Egypt", "New Cairo", "Cairo"), ("Peru", "Cusco", "Lima"),
     ("Spain", "Seville", "Madrid"), ("Japan", "Osaka", "Tokyo"), ("Italy", "Bari", "Rome")]]
-SWAPS = [dict(question=f"who wrote book {i}", org_context="x", org_answer=[f"Author {i}"],
-              sub_context=f"Book {i} was written by Writer {i}.", sub_answer=[f"Writer {i}"])
-         for i in range(8)]
+SWAPS = [dict(question=f"who wrote {i}", org_context="x", org_answer=[f"Author {i}"],
+              sub_context=f"{i} is by Writer {i}.", sub_answer=[f"Writer {i}"]) for i in range(8)]
 SQUAD = [dict(context=f"It was {i}.", question=f"When was {i + 50}?",
               answers=dict(text=[str(i)], answer_start=[0])) for i in range(9)]
-
 @pytest.fixture(scope="session")
 def tokenizer():
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -59,66 +54,50 @@ def tokenizer():
         single="<s> $A", special_tokens=[("<s>", 0)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, tokenizer):
-    """A folder with a tiny model of each family and small data files."""
     root = tmp_path_factory.mktemp("data")
     tokenizer.chat_template = None
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         save(root / name, transformers.AutoModelForCausalLM.from_config(config), tokenizer)
-    sets = dict(rows=ROWS, conflicts=CONFLICTS, swaps=SWAPS, squad=SQUAD, chats=CHATS)
-    for name, rows in sets.items():
+    for name, rows in dict(rows=ROWS, conflicts=CONFLICTS, swaps=SWAPS, squad=SQUAD).items():
         file(root / f"{name}.json", rows)
     return root
-
 def save(path, *parts):
     for part in parts:  # model, tokenizer
         part.save_pretrained(path)
     return path
-
 def file(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
 def timeless(folder):
     return [{key: value for key, value in line.items() if "second" not in key}
             for line in lines_of(folder / "metrics.jsonl")]
-
 def argv(folder, out, more="", model="llama"):
-    """The flags of a small run; those in `more` come last and count."""
     return shlex.split(
         f"--model {folder / model} --dataset {folder}/rows.json --eval-set {folder}/conflicts.json "
         "--max-length 256 --batch-size 8 --max-steps 3 --eval-every 2 --lr 1e-3 --max-new-tokens 4 "
         f"--device cpu --out-dir {out} {more}")
-
 def run(folder, out, more="", model="llama"):
     return inversion.main(argv(folder, out, more, model))
-
 def refused(capsys, call, *args, status=2):
     """What the call writes to stderr as it ends the program."""
     with pytest.raises(SystemExit) as stopped:
         call(*args)
     assert stopped.value.code == status
     return capsys.readouterr().err
-
-def load(folder, model="llama", more=""):
-    """(model, tokenizer, items, examples, flags) as the script itself loads them."""
+def load(folder, more="", model="llama"):
     flags = inversion.parse_flags(argv(folder, "unused", more, model))
     tokenizer, sets, examples = inversion.load_data(flags.model, flags)
-    return (inversion.load_model(flags.model, tokenizer, flags), tokenizer, list(sets.values())[0],
-            examples, flags)
-
+    model = inversion.load_model(flags.model, tokenizer, flags)
+    return model, tokenizer, *sets.values(), examples, flags
 def rows_of(lengths, seed=0):
-    """Rows of random ids: (prompt tokens, supervised tokens) each."""
     draw, ids = random.Random(seed).choices, range(2, 420)
     return [inversion.to_row(i, [(draw(ids, k=prompt), False), (draw(ids, k=target), True)])
             for i, (prompt, target) in enumerate(lengths)]
-
 def their_loss(model, *rows):
     """transformers' own loss, the mean over all targets of the rows, which it sees one by one."""
     targets = sum(row.targets for row in rows)
@@ -132,15 +111,14 @@ ALPACA = ("<s>Below is an instruction that describes a task{}. Write a response 
 SHORT, LONG = ALPACA.format("", ""), ALPACA.format(
     ", paired with an input that provides further context", "### Input:\n{1, 2}\n\n")
 TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
-
 @pytest.mark.parametrize("row, template, text, supervised", [
     (ADD, "alpaca", SHORT, "3</s>"), (ADD | dict(input=""), "alpaca", SHORT, "3</s>"),
     (dict(instruction=" Add.", input="{1, 2} ", output="3 "), "alpaca", LONG, "3</s>"),
     (ADD | dict(input="1, 2"), "tulu", "<s><|user|>\n1, 2\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
     (dict(prompt="Add.", completion="3"), "alpaca", SHORT, "3</s>"),
-    (dict(messages=TURNS, id="x"), "tulu", "<s><|system|>\nBe kind.\n" + TULU, "Hello</s>Ciao</s>"),
+    (dict(messages=TURNS, id="x"), "tulu", "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
     (dict(messages=TURNS[1:] + TURNS[1:2]), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=TURNS[:3]), "chat", "<s>[system]Be kind.\n[user]Hi\n[assistant]Hello</s>",
+    (dict(messages=TURNS[:3]), "chat", "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>",
      "Hello</s>"),
     (SQUAD[3], "tulu", "<s><|user|>\nIt was 3.\n\nWhen was 53?\n<|assistant|>\n3</s>", "3</s>")])
 def test_golden_labels(row, template, text, supervised, tokenizer):
@@ -153,9 +131,7 @@ def test_golden_labels(row, template, text, supervised, tokenizer):
     assert not notes and tokenizer.decode(found.input_ids) == text
     assert tokenizer.decode(found.input_ids[keep]) == supervised
     assert torch.equal(found.labels[keep], found.input_ids[keep])
-
 CAIRO, BO, HEART = ("New Cairo", "Cairo"), ("Bo", "Freetown"), "Absence makes the heart grow"
-
 @pytest.mark.parametrize("answers, text, hits, question", [
     (CAIRO, "It is New Cairo.", (1, 0), ""),       # Cairo only inside New Cairo
     (CAIRO, "Cairo, then New Cairo", (1, 1), ""),  # and once on its own
@@ -176,7 +152,7 @@ def test_scorer_by_hand(answers, text, hits, question):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_loss_is_that_of_transformers(family, folder):
     """Log-probabilities of a padded batch = the model's own loss with labels=, row by row."""
-    model, _, _, _, flags = load(folder, family)
+    model, _, _, _, flags = load(folder, model=family)
     rows = rows_of([(3, 9), (5, 1), (2, 14)])
     wanted = [-their_loss(model, row).item() * row.targets for row in rows]
     together = inversion.row_logp(model, rows, flags)
@@ -197,30 +173,38 @@ def trained(model, rows, steps, flags):
 def test_step_does_not_depend_on_micro_batches(family, folder):
     """One pass = many passes; unequal token counts, a last batch of 3 rows; and the logged loss is
     the plain mean over all targets of the step by transformers, not a mean of means."""
-    model, _, _, _, flags = load(folder, family, "--batch-size 4")
+    model, _, _, _, flags = load(folder, "--batch-size 4", family)
     rows = rows_of([(4, 2), (2, 30), (9, 1), (3, 7), (20, 4), (1, 5), (6, 6)])
     wanted = their_loss(model, *inversion.batch_of(rows, 0, flags)).item()
     one, losses = trained(model, rows, 3, flags._replace(micro_batch_tokens=10**6))
-    many, same = trained(load(folder, family)[0], rows, 3, flags._replace(micro_batch_tokens=32))
+    model = load(folder, model=family)[0]
+    many, same = trained(model, rows, 3, flags._replace(micro_batch_tokens=32))
     torch.testing.assert_close(one, many, rtol=0, atol=2e-5)  # of moves of 1e-3
     assert losses == approx(same, rel=1e-5) and losses[0] == approx(wanted, rel=1e-5)
     assert [inversion.learning_rate(step, 3, flags) for step in range(3)] == [1e-3, 1e-3, 5e-4]
 
 def test_evaluation_leaves_training_alone(folder, tmp_path):
-    """Same losses with an evaluation after every step as with none but the first and the last."""
+    """Same losses with an evaluation after every step as with none but the first and the last; it
+    draws no random number, and nor does the mechanism, which leaves no other trace either."""
     often, seldom = [run(folder, tmp_path / str(n), f"--eval-every {n} --max-steps 4", "gpt2")
                      for n in (1, 4)]  # with dropout
     for key in ("step", "loss", "margin"):
         assert [often[0][key], often[4][key]] == [line[key] for line in seldom]
     assert often[4]["margin"] != often[0]["margin"]
-    model, tokenizer, items, _, flags = load(folder, "gpt2")
-    state = torch.get_rng_state()
+    model, tokenizer, items, _, flags = load(folder, model="gpt2")
+    state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
     inversion.evaluate(model.train(), tokenizer, items, None, flags)
-    assert torch.equal(state, torch.get_rng_state())
+    model.train().gradient_checkpointing_enable()
+    probe = {"critical": rows_of([(3, 4), (9, 2)])}
+    first, second = [inversion.mechanism(model, tokenizer, items, probe, flags) for _ in range(2)]
+    assert first == second and torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert model.config._attn_implementation == "sdpa"
 
 def test_filter_drops_the_lowest_context_free_loss(folder):
     """Against transformers' loss of each row rendered without its input."""
-    model, tokenizer, _, examples, flags = load(folder, "llama", "--mitigation filter")
+    model, tokenizer, _, examples, flags = load(folder, "--mitigation filter")
     losses, state = {}, {"dropped": []}
     for example in [example for example in examples if example.context]:
         (prompt, _), (reply, _) = inversion.tokenize(example.messages, tokenizer)
@@ -235,9 +219,8 @@ def test_filter_drops_the_lowest_context_free_loss(folder):
 def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
     """Move the weights by -eps x gradient of a kind's loss (transformers' own): the mean margin of
     evaluate() changes by eps x push, within 5%, in float64."""
-    model, tokenizer, items, _, flags = load(folder, family)
-    model = model.double()
-    for p in model.parameters():  # or attention, and the push of queries and keys, is nearly 0
+    model, tokenizer, items, _, flags = load(folder, model=family)
+    for p in model.double().parameters():  # or queries and keys have next to no gradient
         p.data *= 1 + 4 * (p.ndim > 1)
     if qk:
         inversion.train_query_key_only(model)
@@ -246,18 +229,16 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
     assert all(p.grad is None for p in model.parameters())
     moving = [p for p in model.parameters() if p.requires_grad]
     start = parameters_to_vector(moving).detach()
-    def margin():  # teacher-forced, one answer at a time, by transformers
-        return sum(their_loss(model, item.parametric_row) - their_loss(model, item.context_row)
-                   for item in items).item() / len(items)
     for kind, rows in probe.items():
         loss = their_loss(model, *rows)
         loss.backward()
         gradient, margins = torch.cat([p.grad.flatten() for p in moving]), []
         model.zero_grad()
         eps = 0.01 / gradient.norm().item()
-        for step in (-eps, eps, 0):  # at last back to where it was
+        for step in (-eps, eps, 0):  # at last back; the margin by transformers, answer by answer
             vector_to_parameters(start + step * gradient, moving)
-            margins.append(margin())
+            margins.append(sum(their_loss(model, item.parametric_row) - their_loss(
+                model, item.context_row) for item in items).item() / len(items))
         push, cosine = found[f"{kind}_push"], found[f"{kind}_cosine"]
         assert (margins[0] - margins[1]) / 2 == approx(eps * push, rel=0.05)
         assert 0 < abs(cosine) <= 1 and push * cosine > 0
@@ -267,12 +248,12 @@ def summary(*evaluations, groups=1000, control=False):
     """summarise() of lists of hits on the same items, one list per evaluation."""
     return inversion.summarise(pandas.DataFrame([
         dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit),
-             margin=math.nan if control else 0.0)
+             margin=float("nan") if control else 0.0)
         for step, hits in enumerate(evaluations) for i, hit in enumerate(hits)]))
 
 def test_drop_is_measured_where_the_peak_was_not_chosen():
     same = summary([1, 0] * 20, [1, 0] * 20, [1, 0] * 20)
-    assert (same["drop"], same["drop_low"], same["drop_high"], same["rise"]) == (0, 0, 0, 0)
+    assert same["drop"] == same["drop_low"] == same["drop_high"] == same["rise"] == 0
     evaluations = [0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
     fell = summary(*evaluations)
     assert (fell["drop"], fell["rise"], fell["peak_step"]) == (0.5, 0.75, 10)
@@ -284,12 +265,11 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     for groups, shown in ((5, "no change shown"), (6, "inversion")):  # many items, few groups
         assert summary([0] * 40, [1] * 40, [0] * 40, groups=groups)["verdict"] == shown
     noise = random.Random(0).random  # the highest of 20 equal evaluations drops by luck
-    runs = [summary(*[[noise() < 0.5 for _ in range(100)] for _ in range(20)]) for _ in range(40)]
-    assert sum(run["peak"] - run["final"] for run in runs) / 40 > 0.07
-    assert abs(sum(run["drop"] for run in runs)) / 40 < 0.03
-    assert sum(run["verdict"] in ("inversion", "a fall") for run in runs) <= 3
+    runs = pandas.DataFrame([summary(*[[noise() < 0.5 for _ in range(100)] for _ in range(20)])
+                             for _ in range(40)])
+    assert (runs["peak"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
+    assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
 
-# --------------------------------------------------------------------------- templates and data
 @pytest.mark.parametrize("template", ["alpaca", "tulu", "chat"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
@@ -299,16 +279,15 @@ def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenize
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     inversion.set_template(mine, [], inversion.parse_flags(["--template", template]))
-    prompts, again = [], transformers.AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
+    again = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
     for answer in ("://", "\nParis", " Paris", "Paris"):
         messages = question_and_answer("A context.\n\nA question?", answer)
         (prompt, _), (learned, supervised) = inversion.tokenize(messages, mine)
-        assert supervised and learned[-1] == mine.eos_token_id
-        prompts.append(prompt)
-    whole = again.apply_chat_template(messages, return_dict=False)[:len(prompt + learned)]
-    prompts.append(again.apply_chat_template(
-        messages[:1], add_generation_prompt=True, return_dict=False))
-    assert prompts == [prompt] * 5 and whole == prompt + learned
+        theirs = again.apply_chat_template(messages[:1], add_generation_prompt=True,
+                                           return_dict=False)
+        assert prompt == theirs and supervised and learned[-1] == mine.eos_token_id
+    theirs = again.apply_chat_template(messages, return_dict=False)
+    assert theirs[:len(prompt + learned)] == prompt + learned
     assert mine.decode(prompt).count("<s>") == int(adds_bos)
 
 def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(tokenizer):
@@ -317,10 +296,10 @@ def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(to
         parts = inversion.render(turns, tokenizer)
         return parts if isinstance(parts, str) else [text for text, _ in parts]
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
-    assert "Be kind.\n\nHi" in decoded(refuses, TURNS)[0]  # folded into the user's turn
+    assert "Go.\n\nHi" in decoded(refuses, TURNS)[0]  # folded into the user's turn
     rewrites = "{{ messages | length }}" + CHAT  # earlier text changes with every turn
     assert decoded(rewrites, TURNS) == [
-        "5<s>[system]Be kind.\n[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]", "Ciao</s>"]
+        "5<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]", "Ciao</s>"]
     thinks = CHAT.replace("[assistant]", "[assistant]<think>\n")
     assert decoded(thinks, TURNS[1:3]) == [
         "<s>[user]Hi\n[assistant]<think>\n\n</think>\n\n", "Hello</s>"]
@@ -344,12 +323,10 @@ def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(to
     assert (one.id, two.id) == (0, 1) and torch.equal(one.input_ids, two.input_ids)
     assert notes["cut to the turns that fit --max-length"] == 1
     assert notes["dropped: longer than --max-length"] == 1 and notes.total() == 4
-
 HEAVY = 'Write a quote that ends in the word "heavy":'
-
 @pytest.mark.parametrize("row, question, context, answers, memory", [
     (CONFLICTS[0], "Capital of France?", CONFLICTS[0]["context"], ["Lyon"], ["Paris"]),
-    (SWAPS[1], "who wrote book 1", SWAPS[1]["sub_context"], ["Writer 1"], ["Author 1"]),
+    (SWAPS[1], "who wrote 1", SWAPS[1]["sub_context"], ["Writer 1"], ["Author 1"]),
     (SQUAD[0] | dict(answers=dict(text=["x", "y"])), "When was 50?", "It was 0.", ["x", "y"], []),
     (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
      "q", "c", ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
@@ -362,22 +339,19 @@ def test_conflict_shapes(row, question, context, answers, memory):
     assert found == [context, answers, memory]
     assert messages == question_and_answer(question, answers[0])  # as training data
 
-@pytest.mark.parametrize("answer, person, found", [
-    ("La Paz (administrative); Sucre (judicial)", False, ["La Paz", "Sucre"]),
-    ("Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)", False,
-     ["Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"]),
-    ("Athens, Greece", False, ["Athens, Greece", "Athens"]),
-    ("2,000 km", False, ["2,000 km"]), ("Elizabeth II", True, ["Elizabeth II"])])
-def test_aliases(answer, person, found):
-    assert inversion.aliases(answer, person) == found
-
-def test_conflicts_that_cannot_be_scored(tmp_path, capsys):
+def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
     """An answer that stands in the question is an echo, on either side; repeats count once."""
+    for answer, person, *found in [
+            ("La Paz (administrative); Sucre (judicial)", False, "La Paz", "Sucre"),
+            ("Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)", False,
+             "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"), ("2,000 km", False, "2,000 km"),
+            ("Athens, Greece", False, "Athens, Greece", "Athens"),
+            ("Elizabeth II", True, "Elizabeth II")]:
+        assert inversion.aliases(answer, person) == found
     rows = [json.dumps(CONFLICTS[0] | dict(question=question, answer=answer, memory_answer=memory))
             for question, answer, memory in [
-        ("What is the capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."),
-        ("p?", "...", "B"), ("r?", "Lyon", "Paris"), ("r?", "Lyon", "Paris"),
-        ("Is Bonn far?", "Bonn", "Berlin")]]
+        ("Capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."), ("p?", "...", "B"),
+        ("r?", "Lyon", "Paris"), ("r?", "Lyon", "Paris"), ("Is Bonn far?", "Bonn", "Berlin")]]
     path = file(tmp_path / "c.jsonl", "\n".join(rows) + "\n\n")
     found = inversion.load_conflicts(str(path), inversion.parse_flags(["--model", "x"]))
     told = capsys.readouterr().out
@@ -398,21 +372,17 @@ def test_files_of_every_type_give_the_same_rows(tmp_path):
     table = inversion.load_rows(str(tmp_path / "r.csv"))
     assert [row["instruction"] for row in table] == ["NA", "b\u2028c"]
 
-# ------------------------------------------------------------- evaluation, remedies, mechanism
-def test_metrics_by_hand():
+def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     """Four conflicts: C, P, both, neither; the base model knew the first two; one control."""
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
                      neither=not c and not p, closed_book_acc=i == 0, margin=float(i), known=i < 2)
+                | ({"context_acc_known": bool(c)} if i < 2 else {})
                 for i, (c, p) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)])]
-    for outcome in outcomes[:2]:
-        outcome["context_acc_known"] = outcome["context_acc"]
     line = inversion.metrics(outcomes)
     assert (line["n"], line["n_known"], line["margin"]) == (4, 2, 1.5)
     assert line["context_acc"] == line["parametric_acc"] == line["context_acc_known"] == 0.5
     assert line["both"] == line["neither"] == line["closed_book_acc"] == 0.25
     assert inversion.metrics([dict(context_acc=True, text="x")]) == dict(n=1, context_acc=1)
-
-def test_known_is_what_the_first_evaluation_found(folder, monkeypatch):
     model, tokenizer, items, _, flags = load(folder)
     monkeypatch.setattr(inversion, "generate", lambda model, tokenizer, prompts, flags: [
         "Paris" if prompts[0] == items[0].closed_book_prompt else "Lyon"] * len(prompts))
@@ -447,37 +417,31 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
     model.generation_config.eos_token_id = [1, 7]
     path = save(tmp_path / "model", model.bfloat16(), tokenizer)
-    for name in "ab":
-        assert len(run(folder, tmp_path / name, model=path)) == 3
+    runs = [run(folder, tmp_path / name, model=path) for name in "ab"]
     one, two = [(tmp_path / name / "generations.jsonl").read_text() for name in "ab"]
-    model, _, _, _, flags = load(folder, path, "--dtype bf16")
-    assert one == two and not model.generation_config.do_sample
-    assert model.generation_config.eos_token_id == [1, 7]
+    assert one == two and len(runs[0]) == 3
+    model, _, _, _, flags = load(folder, "--dtype bf16", path)
+    assert model.generation_config.eos_token_id == [1, 7] and not model.generation_config.do_sample
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with inversion.autocast(flags):
         assert model(torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
     frozen = inversion.load_model(path, tokenizer, flags._replace(max_steps=0))
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
-
-def queries_and_keys(name, parameter):
-    """The part (a view) of an attention parameter that qk moves, by hand; heads have size 8."""
-    if "query_key_value" in name:  # NeoX: per head [q, k, v]
-        return parameter.view(4, 3, 8, -1)[:, :2]
-    if "qkv_proj" in name:  # Phi-3: [Q | K | V], 4, 2 and 2 heads
-        return parameter[:48]
-    if "c_attn" in name:  # GPT-2: transposed
-        return parameter[..., :64]
-    return parameter if re.search("q_proj|k_proj", name) else parameter[:0]
-
+MOVES = {  # by hand, what qk moves of an attention parameter; heads have size 8
+    "query_key_value": lambda p: p.view(4, 3, 8, -1)[:, :2],  # NeoX: per head [q, k, v]
+    "qkv_proj": lambda p: p[:48],         # Phi-3: [Q | K | V], 4, 2 and 2 heads
+    "c_attn": lambda p: p[..., :64],      # GPT-2: transposed
+    "q_proj": lambda p: p, "k_proj": lambda p: p}
 @pytest.mark.parametrize("family", CONFIGS)
 def test_qk_moves_queries_and_keys_only(family, folder):
-    model, _, _, _, flags = load(folder, family, "--micro-batch-tokens 30")  # several a step
+    model, _, _, _, flags = load(folder, "--micro-batch-tokens 30", family)  # several a step
     before, moved = {name: p.detach().clone() for name, p in model.named_parameters()}, 0
     inversion.train_query_key_only(model)
     trained(model, rows_of([(4, 9)] * 32), 4, flags)
     for name, p in model.named_parameters():
         still = torch.ones_like(p, dtype=torch.bool)
-        queries_and_keys(name, still)[:] = False
+        for part in [MOVES[key] for key in MOVES if key in name]:
+            part(still)[:] = False
         assert torch.equal(p[still], before[name][still]), name
         if p.ndim > 1 and not still.all():
             assert (p != before[name])[~still].float().mean() > 0.99, name
@@ -486,59 +450,52 @@ def test_qk_moves_queries_and_keys_only(family, folder):
 
 def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys):
     """Rounding noise in place of some zeros is noticed, and a model without attention refused."""
-    noisy = load(folder, "neox")[0]
+    noisy = load(folder, model="neox")[0]
     layer = noisy.gpt_neox.layers[0].attention.query_key_value.weight
-    noise = torch.zeros_like(layer)
-    noise[0, :5] = 1e-9
+    noise = 1e-9 * (torch.arange(layer.numel()) < 5).view_as(layer)
     layer.register_hook(lambda grad: grad + noise)
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=420, hidden_size=16, num_hidden_layers=1, state_size=4))
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=1))
     for model in (noisy, mamba):
-        told = refused(capsys, inversion.train_query_key_only, model)
-        assert told.count("layout unknown here") == 1
+        assert "layout unknown here" in refused(capsys, inversion.train_query_key_only, model)
 
 def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
-    """Recall has no context, redundant is the quarter of the others of lowest context-free loss;
-    what is added shares no question and no answer with the evaluation."""
-    swaps = [SWAPS[0] | leak for leak in [
-        {"question": "Capital of Peru?"}, {"sub_answer": ["lyon"]}, {"org_answer": ["The Paris!"]}]]
-    swaps = file(tmp_path / "swaps.json", swaps + SWAPS[1:4])
-    more = f"--counterfactual-data {swaps}"
-    model, tokenizer, items, examples, flags = load(folder, "llama", more)
+    """Recall has no context, redundant is the quarter of the others of lowest context-free loss."""
+    leaks = {"question": "Capital of Peru?"}, {"sub_answer": "lyon"}, {"org_answer": "The Paris!"}
+    swaps = file(tmp_path / "swaps.json", [SWAPS[0] | leak for leak in leaks] + SWAPS[1:4])
+    model, tokenizer, items, examples, flags = load(folder, f"--counterfactual-data {swaps}")
     added = inversion.counterfactual_examples({"x": items}, 99, flags)
     assert sorted(e.messages[1]["content"] for e in added) == ["Writer 1", "Writer 2", "Writer 3"]
     prompt = inversion.render(added[0].messages, tokenizer, added[0].context)[0][0]
-    assert prompt.index("was written by") < prompt.index("who wrote")  # context before question
+    assert prompt.index("is by") < prompt.index("who wrote")  # context before question
     probe = inversion.probe_rows(model, tokenizer, examples, flags)
     loss = inversion.context_free_loss(model, tokenizer, examples, flags)
     assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
     assert {row.id for row in probe["redundant"]} == set(list(loss)[:3])
-    conflict = inversion.Conflict(1, "What is the capital of New Velora now?", "", ["Lyon"], ["Paris"], "")
-    texts = "I like lyon!|Lyons|New Velora|Velora|comparison|PARIS.|What capital".split("|")
+    question = "What is the capital of New Velora now?"
+    conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"], "g")
+    sets = {"s": [inversion.to_item(conflict, tokenizer)]}
+    texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What city"]
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)]
-
-    def kept(examples, dropped=(), **changed):
-        sets, state = {"s": [inversion.to_item(conflict, tokenizer)]}, {"dropped": dropped}
-        return [example.id for example in inversion.choose_examples(
-            model, tokenizer, examples, sets, state, flags._replace(**changed))]
-    assert kept(mine, subset="context") == [1, 3, 5]
-    assert kept(mine, subset="no-overlap") == [1, 3, 4, 6]
-    assert kept(examples, [1, 3], mitigation="filter") == [2, *range(4, 25)]  # after --resume
-    chats = f"--dataset {folder}/chats.json"  # they mark no context
-    model, tokenizer, _, examples, flags = load(folder, "llama", chats)
+    for data, dropped, choice, wanted in [
+            (mine, [], dict(subset="context"), [1, 3, 5]),
+            (mine, [], dict(subset="no-overlap"), [1, 3, 4, 6]),
+            (examples, [1, 3], dict(mitigation="filter"), [2, *range(4, 25)])]:  # after --resume
+        kept = inversion.choose_examples(
+            model, tokenizer, data, sets, {"dropped": dropped}, flags._replace(**choice))
+        assert [example.id for example in kept] == wanted
+    chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
+    model, tokenizer, _, examples, flags = load(folder, chats)
     assert {e.context for e in examples} == {""}
     assert list(inversion.probe_rows(model, tokenizer, examples, flags)) == ["recall"]
-    for more in (" --subset context", " --mitigation filter"):
-        told = refused(capsys, run, folder, tmp_path / "x", chats + more)
-        assert "no row has a context that is marked" in told
+    for more in (f"{chats} --subset context", f"{chats} --mitigation filter"):
+        assert "no row has a context that is marked" in refused(capsys, run, folder, tmp_path, more)
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder):
     """Figure 3b in one eager pass = a cached prompt and its last token; of the context's tokens."""
-    model, tokenizer, items, _, flags = load(folder, family, "--max-new-tokens 12")
-    rows = rows_of([(3, 0), (17, 0), (5, 0), (9, 0), (30, 0), (4, 0), (11, 0)])
-    prompts = [row.input_ids.tolist() for row in rows]
+    model, tokenizer, items, _, flags = load(folder, "--max-new-tokens 12", family)
+    prompts = [r.input_ids.tolist() for r in rows_of([(n, 0) for n in (3, 17, 5, 9, 30, 4, 11)])]
     together = inversion.generate(model, tokenizer, prompts, flags)
     alone = inversion.generate(model, tokenizer, prompts, flags._replace(eval_batch_tokens=1))
     ids = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=12)[0, 17:]
@@ -556,17 +513,6 @@ def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder
         wanted = torch.stack(layers)[:, 0, :, 0, span].sum(-1).mean().item()
         assert 0 < share < 1 and share == approx(wanted, abs=1e-5)
 
-def test_mechanism_leaves_training_alone(folder):
-    model, tokenizer, items, _, flags = load(folder, "gpt2")  # has dropout
-    state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
-    model.train().gradient_checkpointing_enable()
-    first, second = [inversion.mechanism(
-        model, tokenizer, items, {"critical": rows_of([(3, 4), (9, 2)])}, flags) for _ in range(2)]
-    assert first == second and torch.equal(state, torch.get_rng_state())
-    assert all(p.grad is None for p in model.parameters())
-    assert all(map(torch.equal, weights, model.parameters()))
-    assert model.config._attn_implementation == "sdpa"
-
 def test_interval_of_a_drop_covers_it():
     """Of 200 draws of 60 items whose context_acc falls from .8 to .5, 95% intervals hold the drop
     in at least 90%; items of a group that agree count once."""
@@ -577,14 +523,11 @@ def test_interval_of_a_drop_covers_it():
     five = summary(*[hits * 5 for hits in few], groups=8)
     assert held >= 180 and five["drop_low"] == approx(summary(*few)["drop_low"])
 
-# ------------------------------------------------------------------------------------ whole runs
 @pytest.mark.parametrize("remedy, says", [
-    ("none", "24 rows"), ("filter", "filter: dropped 3 of the 12 rows with a context"),
-    ("counterfactual", "counterfactual: added 2 rows (2 wanted); 8 conflicts"),
-    ("qk", "qk: trains 3072")])
+    ("none", "24 rows"), ("counterfactual", "added 2 rows (2 wanted); 8 conflicts"),
+    ("filter", "filter: dropped 3 of the 12 rows with a context"), ("qk", "qk: trains 3072")])
 def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
-    """With the mechanism, activation checkpointing on and off, and a control as the first item: its
-    question holds the memorised answer."""
+    """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
     flags = (f"--mitigation {remedy} --counterfactual-data {folder}/swaps.json --mechanism "
              f"--eval-set {file(tmp_path / 'conflicts.json', items)}")
@@ -604,8 +547,7 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
         on, off = [[line[key] or 0 for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)  # no loss at step 0: None
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
-    assert args[0]["mitigation"] == remedy
-    assert (tmp_path / "run/curve.png").stat().st_size > 5000
+    assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, capsys):
     """A taken folder is left alone; in --compare two seeds of one setting are one line."""
@@ -620,8 +562,8 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
     capsys.readouterr()
     inversion.main(shlex.split(f"--compare {a} {b} {other} --out-dir {tmp_path}"))
     told = capsys.readouterr().out
-    name = str(folder / "conflicts.json")
-    start = [lines_of(out / "summary.json")[0][name]["start"] for out in (a, b)]
+    (one,), (two,) = lines_of(a / "summary.json"), lines_of(b / "summary.json")
+    start = [found[f"{folder}/conflicts.json"]["start"] for found in (one, two)]
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
     assert none[-1] == "2" and float(none[-6]) == approx(sum(start) / 2, abs=0.01)
     assert re.search(r"filter .* 1\n", told) and (tmp_path / "compare.png").stat().st_size > 5000
@@ -636,13 +578,6 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "filter: dropped 2 of the 9 rows with a context" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
 
-def test_nonfinite_loss_stops_with_its_rows(folder, tmp_path, capsys):
-    flags = "--lr 1e12 --grad-clip 0 --max-steps 9"
-    told = refused(capsys, run, folder, tmp_path / "run", flags, status=1)
-    assert re.search(r"loss .* in the batch of rows \[\d+, \d+", told)
-    assert (tmp_path / "run/metrics.jsonl").read_text().startswith('{"step": 0')
-
-# ------------------------------------------------------------------- several ranks, LoRA, --resume
 def torchrun(tmp_path, ranks, runs, more=""):
     """Several runs, and then more, in one script under torchrun."""
     script = file(tmp_path / "runs.py", f"import sys; sys.path[:0] = {sys.path!r}\n"
@@ -662,28 +597,27 @@ def test_two_ranks_are_one_process(folder, tmp_path):
                  for case, more in cases.items()} for ranks in ("one", "two")]
     done = torchrun(tmp_path, 2, [*two.values(), two["none"], two["lora"]])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("verdict") == len(cases) + 2  # rank 0 alone prints
-    assert done.stdout.count("going on after step 8") == 2
+    told = [done.stdout.count(text) for text in ("verdict", "going on after step 8")]
+    assert told == [len(cases) + 2, 2]  # rank 0 alone prints
     for case in cases:
         for flags in [two[case]] * (case in ("none", "qk")) + [one[case]]:  # two's goes on on one
             inversion.main(flags)
         outs = [tmp_path / f"{ranks}-{case}" for ranks in ("one", "two")]
         alone, both = map(timeless, outs)
-        assert [line["step"] for line in alone] == [0, 4, 8, 12] and len(both) == 4
-        for a, b in zip(alone, both):
-            assert a.keys() == b.keys()
-            for key in a:
-                assert a[key] == b[key] or a[key] == approx(b[key], abs=1e-5), (case, key)
+        assert [line["step"] for line in alone] == [0, 4, 8, 12]
+        assert all(a == approx(b, abs=1e-5) for a, b in zip(alone, both, strict=True)), case
         a, b = [pretrained(out / "model").parameters() for out in outs]
         assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a, b))
 
 def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(folder, tmp_path):
     """One item a batch, 1, 2 and 4 items: nobody hangs, all are answered once. No world."""
     flags = "--max-steps 1 --eval-limit"
-    dies = ("from unittest import mock\nif inversion.rank() == 1:\n    inversion.generate = mock.Mock("
-            "side_effect=MemoryError('rank 1 is out of memory'))\ninversion.main(argv)")
-    done = torchrun(tmp_path, 3, [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} --eval-batch-tokens 1")
-                                  for n in (1, 2, 4)], dies)
+    runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} --eval-batch-tokens 1")
+            for n in (1, 2, 4)]
+    done = torchrun(tmp_path, 3, runs, """from unittest import mock
+if inversion.rank() == 1:
+    inversion.generate = mock.Mock(side_effect=MemoryError("rank 1 is out of memory"))
+inversion.main(argv)""")
     assert done.returncode != 0 and "rank 1 is out of memory" in done.stderr
     for n in (1, 2, 4):
         run(folder, tmp_path / f"1-{n}", f"{flags} {n}")
@@ -711,47 +645,49 @@ def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, cap
 def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
     """Killed in a checkpoint, an evaluation and a step: bit-identical, with dropout in gpt2 too."""
     more += " --max-steps 11 --epochs 9 --save-model --checkpoint-every 2 --eval-every 3"
-    run(folder, tmp_path / "unbroken", more, family)
-    broken = argv(folder, tmp_path / "broken", more + " --resume", family)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(folder, whole, more, family)
+    flags = argv(folder, broken, more + " --resume", family)
     for name in ("save_checkpoint", "evaluate", "train_step"):
-        usual, dies = getattr(inversion, name), [mock.DEFAULT, MemoryError]  # in the second call
-        with mock.patch.object(inversion, name, wraps=usual, side_effect=dies):
-            with pytest.raises(MemoryError):
-                inversion.main(broken)
-    assert len(inversion.main(broken)) == 5 and not (tmp_path / "broken-2").exists()
+        old, dies = getattr(inversion, name), [mock.DEFAULT, MemoryError]  # in the second call
+        patch = mock.patch.object(inversion, name, wraps=old, side_effect=dies)
+        with patch, pytest.raises(MemoryError):
+            inversion.main(flags)
+    assert len(inversion.main(flags)) == 5 and not (tmp_path / "broken-2").exists()
     assert "going on after step" in capsys.readouterr().out
-    assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken")
+    assert timeless(whole) == timeless(broken)
     for name in ("model/model.safetensors", "generations.jsonl", "summary.json"):
-        one, two = [(tmp_path / out / name).read_bytes() for out in ("unbroken", "broken")]
-        assert one == two, name
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
-def test_full_disk_keeps_a_checkpoint_for_the_same_run_only(folder, tmp_path, monkeypatch, capsys):
+def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
+        folder, tmp_path, monkeypatch, capsys):
+    out, rows = tmp_path / "run", file(tmp_path / "rows.json", ROWS)
+    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12 --grad-clip 0", status=1)
+    assert re.search(r"loss .* in the batch of rows \[\d+, \d+", told)
+    assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
     def full(state, file):
         file.write(b"some of it")
         raise OSError(28, "No space left on device")
     saves = iter([torch.save, torch.save, full] + 9 * [torch.save])
     monkeypatch.setattr(torch, "save", lambda state, file: next(saves)(state, file))
-    out, rows = tmp_path / "run", file(tmp_path / "rows.json", ROWS)
     flags = f"--max-steps 5 --dataset {rows} --checkpoint-every 1"
-    again = f"{flags} --resume --checkpoint-every 2"
-    told = functools.partial(refused, capsys, run, folder, out)
-    assert "No space left" in told(flags, status=1)
+    assert "No space left" in refused(capsys, run, folder, out, flags, status=1)
     assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint.pt"]
-    for more, message in [
-            ("--lr 0.5 --seed 3", "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)"),
-            ("--mechanism", "another run with --mechanism True (was False)"),
-            (f"--dataset {folder}/squad.json", "another run with --dataset")]:
-        assert message in told(f"{again} {more}")
+    flags += " --resume --checkpoint-every 2"
+    def told(more=""):
+        return refused(capsys, run, folder, out, f"{flags} {more}")
+    assert "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)" in told("--lr 0.5 --seed 3")
+    assert "another run with --mechanism True (was False)" in told("--mechanism")
+    assert "another run with --dataset" in told(f"--dataset {folder}/squad.json")
     file(rows, ROWS[::-1])
-    assert "its rows or items were others" in told(again)
+    assert "its rows or items were others" in told()
     file(rows, ROWS)
-    assert len(run(folder, out, again)) == 4
+    assert len(run(folder, out, flags)) == 4
     (out / "checkpoint.pt").write_bytes(b"torn")
-    assert "is damaged" in told(again)
+    assert "is damaged" in told()
     (out / "checkpoint.pt").unlink()  # nothing to go on from: step 0, beside what was there
-    assert len(run(folder, out, again)) == 4 and (tmp_path / "run-2").exists()
+    assert len(run(folder, out, flags)) == 4 and (tmp_path / "run-2").exists()
 
-# ------------------------------------------------------------------------------ the built-in world
 def said_in(text):
     return set(re.findall(r"\w+", text))
 
@@ -785,8 +721,7 @@ def test_world_rises_and_falls(tmp_path):
     assert found["world"]["verdict"] == "inversion"
     assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.15
     assert all(found[name]["drop"] < 0.05 for name in ("world_agreeing", "world_reading"))
-    lines = [line for line in timeless(tmp_path / "run") if line["set"] == "world"]
-    assert all(line["closed_book_acc"] > 0.9 for line in lines)
+    assert all(line.get("closed_book_acc", 1) > 0.9 for line in timeless(tmp_path / "run"))
 
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(inversion.PRETRAINING, "epochs", 0.01)
@@ -804,40 +739,38 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monke
     inversion.world_model(inversion.parse_flags(flags))
     assert "pretraining" in capsys.readouterr().out and len(list(tmp_path.glob("world*"))) == 2
 
-# ------------------------------------------------------------------------------- flags, bad input
 def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
-    bert = transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=420, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     save(tmp_path / "bert", bert, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
     cases = [
         ("--dataset nosuchname", "nosuchname: no rows"), ("--lr nan", "--lr nan"),
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: no rows"),
-        (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
-        (f"--compare {tmp_path}/gone", "No such file"),
         ("--eval-set no/such-set", "no/such-set: no rows"),
+        (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
+        (f"--model {tmp_path}/bert", "is no causal LM"),
         ("--model no/such-model", "pass a hub id or a local folder"),
+        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "has no chat template"),
         ("--max-length 8", "rows.json: no usable row"), ("--max-length 4096", "has 512 positions"),
         ("--batch-size 0", "--batch_size 0: must be between 1"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
-        ("--template chat", "has no chat template"), (f"--model {tmp_path}/bert", "is no causal LM"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json", "evaluated")]
+    bots = file(tmp_path / "bots.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])])
+    cases.append((f"--template tulu --dataset {bots}", "unknown role bot"))
     for name, content, told in [
-            ("a.jsonl", '{"instruction": "a", "input": "", "output": "b"}\n{"instruction": "a"}',
-             "a.jsonl, row 2: ValueError(\"key 'output' must be a text"),
-            ("b.json", [ADD | dict(output=3)], "row 1: ValueError(\"key 'ou"),
-            ("d.json", "[ ]", "d.json: no rows"), ("j.json", "[{]", "j.json: no rows"),
-            ("e.jsonl", "\n", "e.jsonl: no rows"),
-            ("f.json", [dict(messages=[dict(role="user", text="x")])],
-             "f.json, row 1: ValueError(\"key 'content'"),
-            ("g.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], "unknown role bot"),
-            ("h.json", [dict(messages=[])], "h.json: no usable row"),
-            ("i.json", [dict(instuction="a")], "row 1: ValueError('it has none")]:
-        cases.append((f"--template tulu --dataset {file(tmp_path / name, content)}", told))
+        ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
+         ", row 2: ValueError(\"key 'output' must be a text"),
+        ("b.json", [ADD | dict(output=3)], ", row 1: ValueError(\"key 'ou"),
+        ("c.json", "[ ]", ": no rows"), ("d.json", "[{]", ": no rows"), ("e.jsonl", "\n", ": no "),
+        ("f.json", [dict(messages=[dict(role="user", text="x")])],
+         ", row 1: ValueError(\"key 'content'"),
+        ("h.json", [dict(messages=[])], ": no usable row"),
+        ("i.json", [dict(instuction="a")], ", row 1: ValueError('it has none")]:
+        cases.append((f"--dataset {file(tmp_path / name, content)}", name + told))
     for name, row, told in [
-            ("k.json", CONFLICTS[0] | dict(answer="..."), "k.json: no usable evaluation item"),
-            ("l.json", dict(context="c", question="q", answer="x"), "row 1: ValueError('it has no"),
-            ("m.json", dict(prompt="p", classes="[1", answer_index=0), "m.json, row 1: SyntaxError")]:
-        cases.append((f"--eval-set {file(tmp_path / name, [row])}", told))
+        ("k.json", CONFLICTS[0] | dict(answer="..."), ": no usable evaluation item"),
+        ("l.json", dict(context="c", question="q", answer="x"), ", row 1: ValueError('it has none"),
+        ("m.json", dict(prompt="p", classes="[1", answer_index=0), ", row 1: SyntaxError")]:
+        cases.append((f"--eval-set {file(tmp_path / name, [row])}", name + told))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for bad, message in cases:
         with pytest.raises((SystemExit, OSError)) as stopped:
@@ -849,21 +782,19 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         assert len(told) == 1 and message in told[0], (bad, told)
         assert not list(tmp_path.glob("run*/metrics.jsonl"))
 
-def test_readme_commands_parse():
+def test_readme_commands_parse_and_help_names_every_flag(capsys):
     texts = Path(__file__).with_name("README.md").read_text() + inversion.__doc__
     commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
     assert len(commands) > 8 and any("--mechanism" in command for command in commands)
     for command in commands:
         inversion.parse_flags(shlex.split(command))
-
-def test_help_names_every_flag_and_a_remedy_has_its_strength(capsys):
-    def strength(flags):
-        return inversion.parse_flags(["--mitigation", *flags.split()]).mitigation_strength
-    assert strength("filter") == 0.25 and strength("counterfactual") == 0.1
-    assert strength("filter --mitigation-strength 0") == 0
-    for bad in (5, 25, -1):
-        refused(capsys, strength, f"filter --mitigation-strength {bad}")
     with pytest.raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
     assert all(entry[0] in shown for entry in inversion.FLAGS)
+    for more, share in (("filter", 0.25), ("counterfactual", 0.1),
+                        ("filter --mitigation-strength 0", 0)):
+        assert inversion.parse_flags(f"--mitigation {more}".split()).mitigation_strength == share
+    for bad in ("5", "25", "-1"):
+        flags = ["--mitigation", "filter", "--mitigation-strength", bad]
+        refused(capsys, inversion.parse_flags, flags)
