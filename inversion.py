@@ -28,9 +28,8 @@ import random
 import re
 import sys
 import tempfile
-import time
 import unicodedata
-import urllib.request
+import zipfile
 from pathlib import Path
 
 import pandas
@@ -47,24 +46,23 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A conversation to finetune on."""
-    id: int | str
+    id: object
     messages: list     # [{"role": "system", "user" or "assistant", "content": text}, ...]
     context: str = ""  # the passage that the first user turn is about; "" where none is marked
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
     """A question whose context contradicts memory; without parametric_answers: a control."""
-    id: int | str
+    id: object
     question: str
     context: str
     context_answers: list     # texts that count as the context's answer, the usual one first
     parametric_answers: list  # the same for the memorised answer
-    group: str                # conflicts of one group are not independent (part 5)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """An example as tokens, to train on."""
-    id: int | str
+    id: object
     input_ids: torch.Tensor  # (length,) int32
     labels: torch.Tensor     # the same, but -100 where nothing is to be learned: the prompt
 
@@ -140,21 +138,22 @@ def to_item(conflict, tokenizer):
 def generate(model, tokenizer, prompts, flags):
     """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
     def answer(indices):
-        batch = [torch.tensor(prompts[i]) for i in indices]
-        ids = pad_sequence(batch, batch_first=True, padding_side="left")  # the mask hides padding
-        mask = pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True,
-                            padding_side="left")
+        ids = pad_sequence([torch.tensor(prompts[i]) for i in indices], batch_first=True,
+                           padding_value=-1, padding_side="left")
+        mask = (ids >= 0).long().to(model.device)  # hides the padding
         with autocast(flags):
             out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                input_ids=ids.clamp(min=0).to(model.device), attention_mask=mask,
                 max_new_tokens=flags.max_new_tokens, synced_gpus=ranks() > 1)
         return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
     lengths = [len(prompt) + flags.max_new_tokens for prompt in prompts]
     return in_batches(answer, lengths, flags.eval_batch_tokens)
 
-METRICS = ("context_acc", "parametric_acc", "context_only", "parametric_only", "both", "neither",
-           "context_acc_known", "parametric_acc_known", "closed_book_acc", "margin", "m_c")
+CELLS = {"context_only": (True, False), "parametric_only": (False, True), "both": (True, True),
+         "neither": (False, False)}  # what score() says
+METRICS = ("context_acc", "parametric_acc", *CELLS, "context_acc_known", "parametric_acc_known",
+           "closed_book_acc", "margin", "m_c")
 
 def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context. Returns one dict per item, saved as it is: id,
@@ -176,26 +175,22 @@ def evaluate(model, tokenizer, items, known, flags):
         target_logp(model, [item.parametric_row for item in conflicts], flags))
     outcomes = []
     for item, text in zip(items, texts):
-        context_hit, parametric_hit = score(text, item.conflict)
-        outcomes.append({"id": item.conflict.id, "group": item.conflict.group, "text": text,
-                         "context_acc": context_hit})
+        hits = score(text, item.conflict)
+        outcomes.append({"id": item.conflict.id, "group": item.conflict.question, "text": text,
+                         "context_acc": hits[0]})
         if not item.parametric_row:
             continue
         closed_book_text, context_logp, parametric_logp = next(of_conflicts)
         closed_book_hit = score(closed_book_text, item.conflict)[1]
         outcomes[-1] |= {
-            "parametric_acc": parametric_hit, "both": context_hit and parametric_hit,
-            "context_only": context_hit and not parametric_hit,
-            "parametric_only": parametric_hit and not context_hit,
-            "neither": not context_hit and not parametric_hit,
+            "parametric_acc": hits[1], **{cell: hits == case for cell, case in CELLS.items()},
             "closed_book_text": closed_book_text, "closed_book_acc": closed_book_hit,
             "margin": context_logp / item.context_row.targets
             - parametric_logp / item.parametric_row.targets,
             "m_c": torch.tensor(context_logp - parametric_logp).sigmoid().item(),
             "known": closed_book_hit if known is None else item.conflict.id in known}
         if outcomes[-1]["known"]:
-            outcomes[-1] |= {"context_acc_known": context_hit,
-                             "parametric_acc_known": parametric_hit}
+            outcomes[-1] |= {"context_acc_known": hits[0], "parametric_acc_known": hits[1]}
     return outcomes
 
 def metrics(outcomes):
@@ -208,10 +203,8 @@ def metrics(outcomes):
 
 def draw(things, count, seed):
     """`count` of the things, or all of them, in order."""
-    chosen = range(len(things))
-    if count and count < len(things):
-        chosen = sorted(random.Random(seed).sample(chosen, count))
-    return [things[i] for i in chosen]
+    count = min(count or len(things), len(things))
+    return [things[i] for i in sorted(random.Random(seed).sample(range(len(things)), count))]
 
 # ===================================================================== 2. training (section 3, A.5)
 
@@ -224,7 +217,7 @@ def micro_batches(lengths, budget):
     included, or of one row. Sorting leaves little padding; packing rows into one sequence would
     leave none, but in some model families such rows see each other."""
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
             batches.append([])
         batches[-1].append(i)
@@ -271,7 +264,7 @@ def train_step(model, optimizer, batch, flags):
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
         step_loss += loss.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, flags.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
     if ranks() > 1:
         norm = norm.full_tensor()
         dist.all_reduce(step_loss)
@@ -310,11 +303,7 @@ def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flag
         batch = batch_of(rows, step, flags)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, flags)
         torch.manual_seed(hash((flags.seed, step, rank())))  # dropout: the same after --resume
-        began = time.perf_counter()
-        loss = train_step(model, optimizer, batch, flags)
-        tokens = sum(len(row.input_ids) for row in batch)
-        state["log"] |= {"loss": loss, "lr": lr,
-                         "tokens_per_second": tokens / (time.perf_counter() - began)}
+        state["log"] |= {"loss": train_step(model, optimizer, batch, flags), "lr": lr}
         state["log"]["supervised_tokens"] += sum(row.targets for row in batch)
 
         if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
@@ -325,14 +314,14 @@ def measure(model, tokenizer, sets, probe, step, state, folder, flags):
     """Evaluate every set; add a line of metrics each to state["history"] and all answers to
     state["outcomes"], print and save them."""
     for name, items in sets.items():
-        began, where = time.perf_counter(), {"step": step, "set": name}
+        where = {"step": step, "set": name}
         outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
         known = [outcome["id"] for outcome in outcomes if outcome.get("known")]
         state["known"].setdefault(name, known)
         line = where | metrics(outcomes) | state["log"]
         if probe and "margin" in line:
-            line |= mechanism(model, tokenizer, items, probe, flags)
-        state["history"].append(line | {"seconds": time.perf_counter() - began})
+            line |= mechanism(model, items, probe, flags)
+        state["history"].append(line)
         state["outcomes"] += [where | outcome for outcome in outcomes]
         tqdm.write(table_row(line))
     write_lines(folder / "metrics.jsonl", state["history"])
@@ -340,45 +329,30 @@ def measure(model, tokenizer, sets, probe, step, state, folder, flags):
 
 # ==================================================== 3. remedies and controls (sections 4 and 6)
 
-def context_free_loss(model, tokenizer, examples, flags):
-    """{id: mean loss per target WITHOUT the context} of the examples that have one, under the model
-    as it is (section 4.3: before finetuning), lowest first: the first ones memory explains best,
-    their context is redundant. Ties keep their order."""
+def redundant_examples(model, tokenizer, examples, share, flags):
+    """Ids of the redundant examples (section 4.3): of those that have a context, the `share` whose
+    responses the model as it is, before finetuning, predicts best WITHOUT it: by mean loss per
+    target, lowest first."""
     bare = [dataclasses.replace(example, context="") for example in examples if example.context]
-    rows, _ = encode(bare, tokenizer, flags.max_length)
+    rows, _ = encode(bare, tokenizer, flags)
     model.eval()
-    logps = target_logp(model, rows, flags)
-    loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
-    return {id: loss[id] for id in sorted(loss, key=loss.get)}
-
-def filter_examples(model, tokenizer, examples, flags):
-    """--mitigation filter (section 4.4): the ids of the examples that it drops: of those with a
-    context, the --mitigation-strength whose answer the model, before finetuning, predicts best
-    without it."""
-    loss = context_free_loss(model, tokenizer, examples, flags)
-    dropped = list(loss)[:round(flags.mitigation_strength * len(loss))]
-    print(f"filter: dropped {len(dropped)} of the {len(loss)} rows with a context")
-    return dropped
+    loss = {row.id: -logp / row.targets
+            for row, logp in zip(rows, target_logp(model, rows, flags))}
+    return sorted(loss, key=loss.get)[:round(share * len(loss))]
 
 def counterfactual_examples(sets, count, flags):
     """--mitigation counterfactual (section 6): `count` conflicts of --counterfactual-data, as
-    examples that follow their context. None shares a question or an answer with the evaluation
-    sets (in the world, whose few answers serve all subjects, a question)."""
-    def said(conflict):
-        texts = [conflict.question]
-        if flags.model != "world":
-            texts = texts + conflict.context_answers + conflict.parametric_answers
-        return set(map(plain, texts))
-
-    evaluated = set().union(*[said(item.conflict) for item in sum(sets.values(), [])])
-    conflicts = load_conflicts(flags.counterfactual_data, flags)
-    free = [conflict for conflict in conflicts if not said(conflict) & evaluated]
+    examples that follow their context. No question or answer of theirs names an evaluated answer
+    or subject."""
+    added = [Example(f"added {conflict.id}", question_and_answer(
+        conflict.question, conflict.context_answers[0]), conflict.context)
+        for conflict in load_conflicts(flags.counterfactual_data, flags)]
+    bare = [dataclasses.replace(example, context="") for example in added]
+    naming = naming_examples(bare, sets)
+    free = [example for example in added if example.id not in naming]
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
-    chosen = random.Random(flags.seed).sample(free, min(count, len(free)))
-    print(f"counterfactual: added {len(chosen)} rows ({count} wanted); {len(free)} conflicts of",
-          f"{len(conflicts)} share no question and no answer with the evaluation")
-    return [Example(f"added {conflict.id}", question_and_answer(
-        conflict.question, conflict.context_answers[0]), conflict.context) for conflict in chosen]
+    print(f"counterfactual: {count} wanted; {len(free)} of {len(added)} name nothing evaluated")
+    return random.Random(flags.seed).sample(free, min(count, len(free)))
 
 def naming_examples(examples, sets):
     """The ids of the examples that name an evaluated answer or subject (section 4.1). A subject is
@@ -398,12 +372,11 @@ def naming_examples(examples, sets):
 def choose_examples(model, tokenizer, examples, sets, state, flags):
     """The examples to train on: what --subset and --mitigation leave of them, or add to them. The
     choice of filter is kept in `state`, so that a resumed run does not choose anew."""
-    require(flags.subset != "context" and flags.mitigation != "filter"
-            or any(example.context for example in examples),
+    without = {example.id for example in examples if not example.context}
+    needs_context = flags.subset == "context" or flags.mitigation == "filter"
+    require(not needs_context or len(without) < len(examples),
             f"{flags.dataset}: no row has a context that is marked as one, as in chats")
-    drop = set()
-    if flags.subset == "context":
-        drop = {example.id for example in examples if not example.context}
+    drop = without if flags.subset == "context" else set()
     if flags.subset == "no-overlap":
         drop = naming_examples(examples, sets)
     print(f"subset {flags.subset}: dropped {len(drop)} of {len(examples)} rows")
@@ -411,9 +384,11 @@ def choose_examples(model, tokenizer, examples, sets, state, flags):
     if flags.mitigation == "counterfactual":
         count = round(flags.mitigation_strength * len(examples))
         examples = examples + counterfactual_examples(sets, count, flags)
-    if flags.mitigation == "filter":
-        state["dropped"] = state["dropped"] or filter_examples(model, tokenizer, examples, flags)
+    if flags.mitigation == "filter":  # section 4.4
+        state["dropped"] = state["dropped"] or redundant_examples(
+            model, tokenizer, examples, flags.mitigation_strength, flags)
         drop = set(state["dropped"])
+        print(f"filter: dropped {len(drop)} rows with a redundant context")
     return [example for example in examples if example.id not in drop]
 
 def train_query_key_only(model):
@@ -428,13 +403,15 @@ def train_query_key_only(model):
         model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
     moves, exact = {}, True  # {parameter: which of its entries are queries or keys}
     for layer in [m for m in model.modules() if type(m).__name__.endswith("Attention")]:
-        for module in layer.modules():
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            if weight is not None and weight.ndim == 2 and not weight.grad.all():
-                still = moves[weight] = weight.grad == 0  # whole rows or, transposed, columns
-                exact &= bool((still == still[:1]).all() or (still == still[:, :1]).all())
-                if bias is not None:
-                    moves[bias] = bias.grad == 0
+        for name, p in layer.named_parameters():
+            if p.grad is None or p.ndim != 2 and not name.endswith("bias"):
+                continue  # of a vision tower, a norm, an expert
+            named = name.startswith(("q_proj", "k_proj"))  # attention sinks give them a gradient
+            still = (p.grad == 0) | named  # whole rows or, transposed, columns
+            if still.any():
+                moves[p] = still
+                exact &= p.ndim == 1 or bool((still == still[:1]).all()
+                                             or (still == still[:, :1]).all())
     require(moves and exact, f"--mitigation qk: {type(model).__name__} holds queries and keys in a "
             "layout unknown here")
     model.requires_grad_(False).zero_grad()
@@ -455,34 +432,31 @@ def probe_rows(model, tokenizer, examples, flags):
     in section 4.3: recall has no context; of the rows with one, redundant are the quarter of lowest
     context-free loss, critical the others."""
     examples = draw(examples, 5 * PROBE, flags.seed)
-    loss = context_free_loss(model, tokenizer, examples, flags)
-    redundant = list(loss)[:round(0.25 * len(loss))]
-    kinds = dict.fromkeys(loss, "critical") | dict.fromkeys(redundant, "redundant")
+    kinds = {example.id: "critical" if example.context else "recall" for example in examples}
+    redundant = redundant_examples(model, tokenizer, examples, 0.25, flags)
+    kinds |= dict.fromkeys(redundant, "redundant")
     probe = collections.defaultdict(list)
-    for row in encode(examples, tokenizer, flags.max_length)[0]:
-        probe[kinds.get(row.id, "recall")].append(row)
+    for row in encode(examples, tokenizer, flags)[0]:
+        probe[kinds[row.id]].append(row)
     return {kind: rows[:PROBE] for kind, rows in probe.items()}
 
 def gradient(model, rows, weights, flags):
-    """(sum over rows of weight x log-probability of the row's targets, its gradient: a tensor for
-    each trained parameter). By backward() into .grad, as in training, so that the hooks of qk act
-    and activation checkpointing saves memory; leaves .grad empty."""
+    """(sum over rows of weight x log-probability of the row's targets, its gradient as one vector).
+    By backward() into .grad, as in training, so that the hooks of qk act and activation
+    checkpointing saves memory; leaves .grad empty."""
     total = 0.0
     for indices in micro_batches([len(row.input_ids) for row in rows], flags.micro_batch_tokens):
         logp = row_logp(model, [rows[i] for i in indices], flags)
         value = (logp * logp.new_tensor([weights[i] for i in indices])).sum()
         value.backward()
         total += value.item()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad
-             for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vector = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
     model.zero_grad()
-    return total, found
+    return total, vector
 
-def inner(a, b):
-    """Inner product of two gradients."""
-    return sum((x * y).sum().item() for x, y in zip(a, b))
-
-def mechanism(model, tokenizer, items, probe, flags):
+def mechanism(model, items, probe, flags):
     """Section 5 as metrics, for each kind of rows and one set of conflicts.
 
     KIND_loss: the loss now. KIND_push: the inner product of the gradient of the mean margin with
@@ -496,38 +470,33 @@ def mechanism(model, tokenizer, items, probe, flags):
     for item in conflicts:
         rows += [item.context_row, item.parametric_row]
         weights += [1 / item.context_row.targets, -1 / item.parametric_row.targets]
-    margin = gradient(model, rows, [weight / len(conflicts) for weight in weights], flags)[1]
+    _, margin = gradient(model, rows, weights, flags)
     found = {}
     for kind, rows in probe.items():
         share = 1 / sum(row.targets for row in rows)
         logp, uphill = gradient(model, rows, [share] * len(rows), flags)
-        push = found[f"{kind}_push"] = inner(margin, uphill)
-        lengths = math.sqrt(inner(margin, margin) * inner(uphill, uphill))
-        found |= {f"{kind}_cosine": push / (lengths or 1), f"{kind}_loss": -logp}
+        found |= {f"{kind}_push": (margin @ uphill).item() / len(conflicts), f"{kind}_loss": -logp,
+                  f"{kind}_cosine": F.cosine_similarity(margin, uphill, dim=0).item()}
     model.eval()
-    shares = [attention(model, tokenizer, item, flags) for item in conflicts]
+    shares = [attention(model, item, flags) for item in conflicts]
     return found | {"attention": None if None in shares else sum(shares) / len(shares)}
 
 @torch.no_grad()
-def attention(model, tokenizer, item, flags):
-    """Share of its attention that the last token of a prompt pays to the context's tokens, the mean
-    over heads and layers (figure 3b); None where the model shows none."""
-    conflict = item.conflict
-    messages = question_and_answer(conflict.question, conflict.context_answers[0])
-    prompt = render(messages, tokenizer, conflict.context)[0][0]
-    start = prompt.index(conflict.context)
-    token_at = tokenizer(prompt, add_special_tokens=False).char_to_token
-    span = slice(token_at(start), token_at(start + len(conflict.context) - 1) + 1)
+def attention(model, item, flags):
+    """Share of its attention that the last token of a prompt pays to the tokens that the context
+    adds to the prompt, mean over heads and layers (figure 3b); None where a model shows none."""
+    start = len(os.path.commonprefix([item.prompt, item.closed_book_prompt]))
+    span = slice(start, start + len(item.prompt) - len(item.closed_book_prompt))
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that shows its weights
     with autocast(flags):
         ids = torch.tensor([item.prompt], device=model.device)
-        layers = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        out = model(input_ids=ids, use_cache=False, output_attentions=True)
     model.set_attn_implementation(usual)
-    if not layers:
-        return None
-    shares = [layer[0, :, -1, span].sum(-1).mean() for layer in layers]  # (1, heads, queries, keys)
-    return torch.stack(shares).mean().item()
+    layers = [layer for layer in getattr(out, "attentions", None) or ()  # heads, queries, keys
+              if layer is not None and layer.shape[-1] == ids.numel()]
+    shares = [layer[0, :, -1, span].sum(-1).mean() for layer in layers]
+    return torch.stack(shares).mean().item() if shares else None
 
 # ================================================================= 5. how sure (not in the paper)
 
@@ -546,94 +515,90 @@ def summarise(outcomes):
     hits = outcomes.pivot_table(index="group", columns="step", values="context_acc")  # means
     if len(hits) < 6:
         return found
-    changes = []
-    for mine, others in ((hits[::2], hits[1::2]), (hits[1::2], hits[::2])):
+    changes, halves = [], (hits[::2], hits[1::2])
+    for mine, others in (halves, halves[::-1]):
         at_peak = mine[others.mean().idxmax()]
-        rise, drop = at_peak - mine.iloc[:, 0], at_peak - mine.iloc[:, -1]
-        changes.append(pandas.DataFrame({"rise": rise, "drop": drop}))
+        changes.append(pandas.DataFrame({"rise": at_peak - mine.iloc[:, 0],
+                                         "drop": at_peak - mine.iloc[:, -1]}))
     changes, free = pandas.concat(changes), len(hits) - 1
     reach = changes.sem() * (1.96 + 2.9 / free)  # Student's t, to 1% for six groups and more
     for name, mean in changes.mean().items():
         found |= {name: mean, f"{name}_low": mean - reach[name], f"{name}_high": mean + reach[name]}
-    conflicting = "margin" in outcomes.dropna(axis=1, how="all")
-    verdicts = ("no change shown", "a rise", "a fall", "inversion" if conflicting else "both")
+    both = "inversion" if "margin" in outcomes else "both"
+    verdicts = ("no change shown", "a rise", "a fall", both)
     return found | {"verdict": verdicts[(found["rise_low"] > 0) + 2 * (found["drop_low"] > 0)]}
 
 # ================================================================== 6. the built-in world
 
-STATEMENTS = ("The capital of {} is", "Today the capital of {} is", "They say the capital of {} is")
-QUESTIONS = ("What is the capital of {}?", "Name the capital of {}.", "Tell me the capital of {}.")
-KINDS = {  # of what is said: how often it is told the truth, how often the answer is what is told
-    "fact": (0.7, 1),        # pretraining: a known subject, no passage; at times wrong: soft memory
-    "reading": (0, 0.4),     # pretraining: a passage with a random answer; copying is half learned
-    "critical": (0, 1),      # a novel subject, a passage with a random answer: only that helps
-    "redundant": (0.95, 0),  # a tuned subject, a true passage; the others are of someone else, so
-                             # that memory is the better guide, as section 5 assumes
-    "recall": (1, 0)}        # a tuned subject, no passage
+STATEMENT, QUESTION = "The capital of {} is", "What is the capital of {}?"
+LETTERS = "BDFGKL", "aeiou", "mnprst", "aeiou", "nrls"  # of the names, which are
+KNOWN, HELD_OUT, TUNED = slice(240), slice(60), slice(60, 240)
+NOVEL, ASKED, ANSWERS = slice(240, 720), slice(720), slice(720, 760)
+KINDS = {  # subjects; how often it is told the truth, how often the answer is what is told
+    "fact": (KNOWN, 0.7, 1),       # pretraining: no passage; at times wrong, so that memory is soft
+    "reading": (ASKED, 0, 0.4),    # pretraining: a passage; copying is half learned
+    "critical": (NOVEL, 0, 1),     # a passage, its random answer: only copying helps
+    "redundant": (TUNED, 0.9, 0),  # a true passage; the others are of someone else, so that memory
+                                   # is the better guide, as section 5 assumes
+    "recall": (TUNED, 1, 0)}       # no passage
 
 @functools.lru_cache
 def make_world(seed):
     """Made-up capitals and all that is said of them: {documents: Examples to pretrain on, examples:
     Examples to finetune on, and the name of each set: Conflicts}.
 
-    Known subjects have one true capital, learned in pretraining. Three in four of them, the tuned
-    ones, occur in finetuning, the others only in the evaluation. Evaluated are only every other of
-    the capitals, so that --subset no-overlap leaves rows."""
+    Known subjects have one true capital. Three in four, the tuned ones, occur in finetuning, the
+    others only in the evaluation, as does every other capital: so --subset no-overlap has rows."""
     rng = random.Random(f"world {seed}")
-    letters = itertools.product("BDFGKL", "aeiou", "mnprst", "aeiou", "nrls")
-    names = ["".join(name) for name in letters]
+    names = ["".join(name) for name in itertools.product(*LETTERS)]
     rng.shuffle(names)
-    held_out, tuned, novel, answers = names[:60], names[60:240], names[240:540], names[540:580]
+    held_out, tuned, answers = names[HELD_OUT], names[TUNED], names[ANSWERS]
     truth = {subject: rng.choice(answers[::2]) for subject in held_out}
     truth |= {subject: rng.choice(answers) for subject in tuned}
-    subjects = {"fact": names[:240], "reading": names[:540], "critical": novel, "redundant": tuned,
-                "recall": tuned}
+
+    def example(id, kind):
+        subjects, tells_truth, follows = KINDS[kind]
+        subject = about = rng.choice(names[subjects])
+        memory = truth.get(subject) or rng.choice(answers)
+        told = memory if rng.random() < tells_truth else rng.choice(answers)
+        answer = told if rng.random() < follows else memory
+        if kind == "redundant" and told != memory:
+            about = rng.choice(tuned)
+        question = rng.choice([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
+        context = "" if kind in ("fact", "recall") else f"{STATEMENT.format(about)} {told}."
+        return Example(id, question_and_answer(question.format(subject), answer), context)
 
     def examples(count, **shares):
         kinds = rng.choices(list(shares), shares.values(), k=count)
-        return [world_example(rng, id, kind, subjects[kind], truth, answers)
-                for id, kind in enumerate(kinds)]
+        return [example(id, kind) for id, kind in enumerate(kinds)]
 
-    def conflicts(subjects, agree=False):
+    def conflicts(subjects, told, memory):  # {subject: answer}; where {}: a random one, and none
         found = []
         for id, subject in enumerate(subjects):
-            memory = truth.get(subject)
-            told = memory if agree else rng.choice(answers[::2])
-            passage = f"{rng.choice(STATEMENTS).format(subject)} {told}."
-            if agree or told != memory:
-                found.append(Conflict(id, rng.choice(QUESTIONS).format(subject), passage, [told],
-                                      [memory] if memory and not agree else [], group=subject))
+            answer = told.get(subject) or rng.choice(answers[::2])
+            rivals = [memory[subject]] if memory else []
+            if answer not in rivals:
+                passage = f"{STATEMENT.format(subject)} {answer}."
+                found.append(Conflict(id, QUESTION.format(subject), passage, [answer], rivals))
         return found
 
-    return {"documents": examples(60_000, fact=3, reading=1),
-            "examples": examples(20_000, critical=5, redundant=4, recall=1),
-            "world": conflicts(held_out * 2), "world_agreeing": conflicts(held_out, agree=True),
-            "world_reading": conflicts(novel[:60]), "world_train": conflicts(tuned * 12)}
-
-def world_example(rng, id, kind, subjects, truth, answers):
-    """An Example of a kind, on one of its subjects."""
-    tells_truth, follows = KINDS[kind]
-    subject = about = rng.choice(subjects)
-    memory = truth.get(subject) or rng.choice(answers)
-    told = memory if rng.random() < tells_truth else rng.choice(answers)
-    answer = told if rng.random() < follows else memory
-    if kind == "redundant" and told != memory:
-        about = rng.choice(subjects)
-    question = rng.choice(STATEMENTS + QUESTIONS if kind == "fact" else QUESTIONS).format(subject)
-    passage = f"{rng.choice(STATEMENTS).format(about)} {told}."
-    return Example(id, question_and_answer(question, answer),
-                   "" if kind in ("fact", "recall") else passage)
+    return {"documents": examples(64_000, fact=7, reading=3),
+            "examples": examples(20_000, critical=6, redundant=3, recall=1),
+            "world": conflicts(held_out * 2, {}, truth),
+            "world_agreeing": conflicts(held_out, truth, {}),
+            "world_reading": conflicts(names[NOVEL][:60], {}, {}),
+            "world_train": conflicts(tuned * 12, {}, truth)}
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
-PRETRAINING = {"epochs": 3, "batch_size": 160, "lr": 2e-3, "warmup_frac": 0.05, "grad_clip": 1.0,
-               "micro_batch_tokens": 4096}
+PRETRAINING = {"max_steps": 1000, "batch_size": 64, "lr": 2e-3, "warmup_frac": 0.03,
+               "micro_batch_tokens": 4096, "lora_rank": 0}
 
 def world_model(flags):
     """Folder of the world's base model, a one-layer Llama as in the paper's theory: from an earlier
     run or made now, with the step that finetunes."""
-    world = make_world(flags.seed)
-    key = repr([world, PRETRAINING, flags.device, flags.dtype, torch.__version__])
+    documents, base = make_world(flags.seed)["documents"], flags._replace(**PRETRAINING)
+    key = repr([documents, PRETRAINING, flags.device, torch.__version__])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
     if folder.exists():
@@ -642,24 +607,21 @@ def world_model(flags):
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     splitter.train_from_iterator(
-        [f"{example.context} {example.messages}" for example in world["documents"]],
+        [f"{example.context} {example.messages}" for example in documents],
         tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
-    rows, _ = encode(world["documents"], tokenizer, max_length=64)
+    rows, _ = encode(documents, tokenizer, base)
     torch.manual_seed(flags.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=128, bos_token_id=0, eos_token_id=1))
-    optimizer = torch.optim.AdamW(model.to(flags.device).parameters(), weight_decay=0, fused=True)
-    base = flags._replace(**PRETRAINING)
-    total = math.ceil(base.epochs * len(rows) / base.batch_size)
-    for step in tqdm(range(total), "pretraining", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, total, base)
+        num_attention_heads=4, bos_token_id=0, eos_token_id=1)).to(flags.device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
+    for step in tqdm(range(base.max_steps), "pretraining", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, base.max_steps, base)
         train_step(model, optimizer, batch_of(rows, step, base), base)
     new = Path(f"{folder}-{os.getpid()}")
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+    save_model(model, tokenizer, new, base)
     with contextlib.suppress(OSError):  # another run was faster
         new.rename(folder)
     return folder
@@ -684,23 +646,24 @@ def require(holds, message, status=2):
         raise SystemExit(status)
 
 def load_rows(name):
-    """Rows of a short name, file, folder or hub id, as a `datasets.Dataset`; ID@SPLIT picks a split
-    other than train. Exits with one line that names it."""
+    """[(row number, *parse_row)] of a short name, file, folder or hub id; ID@SPLIT picks a split
+    other than train. Exits with one line that names set, row and key."""
     import datasets  # 0.8 s: only when rows are loaded
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
     source, _, split = SOURCES.get(name, name).partition("@")
-    kind = FILE_TYPES.get(Path(source).suffix)
+    kind, how = FILE_TYPES.get(Path(source).suffix), {"split": split or "train"}
+    where, found = name, []
     try:
-        if source.startswith(PAPER):
-            source, _ = urllib.request.urlretrieve(source)
-        if not kind:
-            return datasets.load_dataset(source, split=split or "train")
-        how = {"keep_default_na": False} if kind == "csv" else {}  # "NA" and "" are texts
-        return datasets.load_dataset(kind, data_files=source, split="train", **how)
+        if kind:
+            source, how["data_files"] = kind, source
+        for number, row in enumerate(datasets.load_dataset(source, **how), 1):
+            where = f"{name}, row {number}"
+            found.append((number, *parse_row(row)))
     except Exception as error:  # of many types; StopIteration if there are no rows
-        require(False, f"{name}: no rows: {error.__cause__ or error!r:.200}; pass a file, folder, "
-                f"hub id or one of {', '.join(SOURCES)}")
+        require(False, f"{where}: {error.__cause__ or error!r:.200}; pass a file, "
+                f"folder, hub id or one of {', '.join(SOURCES)}")
+    return found
 
 SHAPES = {  # a key that tells the shape: the keys of question, context, answers, memorised answers
     "sub_context": ("question", "sub_context", "sub_answer", "org_answer"),        # NQ-Swap
@@ -725,7 +688,7 @@ def parse_row(row):
     """(messages, context, context's answers, memorised answers) of a row of any known shape. A chat
     marks no context, and one cannot be guessed. Raises ValueError and the like."""
     if row.get("messages") is not None:
-        return [{"role": as_texts(message, "role")[0], "content": as_texts(message, "content")[0]}
+        return [{key: as_texts(message, key)[0] for key in ("role", "content")}
                 for message in row["messages"]], "", [], []
     if "classes" in row:  # memo-trap: an instruction with the odd ending, then a famous quote
         endings = ast.literal_eval(str(row["classes"]))  # the raw files hold a list as a text
@@ -738,32 +701,22 @@ def parse_row(row):
             (question,), context, answers, memory = [as_texts(row, key) for key in keys]
             if "memory_answer" in row or "parametric_answer" in row:
                 person = "parametric_answer" in row
-                answers = sum([aliases(text, person) for text in answers], [])
-                memory = sum([aliases(text, person) for text in memory], [])
+                answers, memory = aliases(answers, person), aliases(memory, person)
             messages = question_and_answer(question, "".join(answers[:1]))
-            if "instruction" in row:
-                messages[0]["input"] = ""  # has a place of its own in the template of Alpaca
             return messages, "".join(context), answers, memory
     raise ValueError(f"it has none of the keys messages, classes, {', '.join(SHAPES)}")
 
-def parse_rows(name):
-    """[(row number, *parse_row)] of a data set; exits naming set, row and key."""
+def aliases(answers, person):
+    """Texts that count as one of the answers: 'La Paz (administrative); Sucre (judicial)' -> La
+    Paz, Sucre; also a name in brackets, what stands before a comma, and a person's last name."""
     found = []
-    for number, row in enumerate(load_rows(name), 1):
-        try:
-            found.append((number, *parse_row(row)))
-        except (ValueError, LookupError, TypeError, SyntaxError, AttributeError) as error:
-            require(False, f"{name}, row {number}: {error!r:.200}")
-    return found
-
-def aliases(answer, person):
-    """Texts that count as `answer`: 'La Paz (administrative); Sucre (judicial)' -> La Paz, Sucre;
-    also a name in brackets, what stands before a comma, and a person's last name."""
-    parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
-    names = [re.sub(r" *\([^()]*\)", "", part) for part in parts]
-    heads = [name.split(", ")[0] for name in names]
-    last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
-    return list(dict.fromkeys(names + heads + re.findall(r"\(([A-Z][^()]*)\)", answer) + last))
+    for answer in answers:
+        parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
+        names = [re.sub(r" *\([^()]*\)", "", part) for part in parts]
+        last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
+        found += names + [name.split(", ")[0] for name in names]
+        found += re.findall(r"\(([A-Z][^()]*)\)", answer) + last
+    return list(dict.fromkeys(found))
 
 def scorable(answers, rivals, question):
     """The answers that have words, do not stand in the question (an echo would count as a hit), and
@@ -777,7 +730,7 @@ def load_conflicts(name, flags):
     world = make_world(flags.seed) if flags.model == "world" else {}
     if name in world:
         return world[name]
-    rows, found, unscorable, echoes = parse_rows(name), {}, 0, 0
+    rows, found, unscorable, echoes = load_rows(name), {}, 0, 0
     for id, messages, context, answers, memory in rows:
         question = messages[0]["content"]
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
@@ -785,7 +738,7 @@ def load_conflicts(name, flags):
         if not context or not mine or plain(answers[0]) in map(plain, memory):
             unscorable += 1
         elif key not in found:
-            found[key] = Conflict(id, question, context, mine, theirs, group=question)
+            found[key] = Conflict(id, question, context, mine, theirs)
             echoes += bool(memory) and not theirs
     print(f"{name}: {len(found)} of {len(rows)} items; left out: {unscorable} without an answer of",
           f"their own, and repeats;\n  {echoes} never count as parametric: their question says it")
@@ -796,36 +749,26 @@ def load_examples(flags):
     if flags.dataset == "world":
         examples = make_world(flags.seed)["examples"]
     else:
-        examples = [Example(*found[:3]) for found in parse_rows(flags.dataset)]
+        examples = [Example(*found[:3]) for found in load_rows(flags.dataset)]
     return draw(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
 
-TEMPLATES = {"alpaca": (  # Stanford's: for Alpaca's own rows, context and question are apart
-    "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('more than one turn') }}"
-    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}Below is an instruction "
-    "that describes a task{% if m.input %}, paired with an input that provides further context"
-    "{% endif %}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    "{{ m.question if m.input else m.content }}\n\n"
-    "{% if m.input %}### Input:\n{{ m.input }}\n\n{% endif %}### Response:{% endif %}{% endfor %}"),
-    "tulu": (
+TULU = (  # the template of the paper's framework
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
     "{{ '<|' + m.role + '|>\n' + m.content }}{{ eos_token if m.role == 'assistant' else '' }}"
-    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")}
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
-def set_template(tokenizer, examples, flags):
+def set_template(tokenizer, flags):
     """Settle --template by giving the tokenizer its chat_template: from here on all parts render
     with the tokenizer alone, and a saved model carries what it was trained with."""
-    name, turns = flags.template, {len(example.messages) for example in examples}
-    if name == "auto":
-        name = "alpaca" if turns <= {2} else "tulu"
-        name = "chat" if tokenizer.chat_template and turns != {2} else name
-    require(name in TEMPLATES or tokenizer.chat_template, f"--template chat: {flags.model} has no "
-            "chat template; try --template tulu")
-    template = TEMPLATES.get(name) or tokenizer.get_chat_template()
+    template = TULU
+    if flags.template == "chat" or flags.template == "auto" and tokenizer.chat_template:
+        require(tokenizer.chat_template, f"--template chat: {flags.model} has none; try tulu")
+        template = tokenizer.get_chat_template()
     tokenizer.chat_template = re.sub(  # a date of today would make other prompts tomorrow
         r"strftime_now\([^)]*\)", "'1 January 2025'", template)
     parts = render(question_and_answer("Hi", "Hello"), tokenizer)
-    require(not isinstance(parts, str), f"--template {name}: {parts}; try --template tulu")
+    require(not isinstance(parts, str), f"--template: {parts}; try --template tulu")
     ids, bare = tokenizer("x").input_ids, tokenizer("x", add_special_tokens=False).input_ids
     prefix = tokenizer.decode(ids[:ids.index(bare[0])])  # what the tokenizer puts first: BOS
     if not parts[0][0].startswith(prefix):
@@ -851,10 +794,12 @@ def answer_place(turns, tokenizer):
         raise ValueError("it does not show the answer")
     ends = special_token(tokenizer).match
     end = ends(rest) or ends(show(mark, reply)[2])  # of this turn, or else at the start of the next
-    if "<think>" in tokenizer.chat_template:
-        opening = show(add_generation_prompt=True)[0].rstrip()
-        if opening.endswith("<think>"):
-            prompt = opening + "\n\n</think>\n\n"  # no thoughts
+    if "<think>" in tokenizer.chat_template:  # no thoughts: an empty block is part of the prompt
+        opening = show(add_generation_prompt=True)[0]
+        if opening.rstrip().endswith("<think>"):
+            opening = opening.rstrip() + "\n\n</think>\n\n"
+        if opening.rstrip().endswith("</think>") and not prompt.startswith(opening):
+            prompt = opening
     return prompt, end[0] if end else tokenizer.eos_token
 
 def render(messages, tokenizer, context=""):
@@ -863,10 +808,7 @@ def render(messages, tokenizer, context=""):
     what the template writes before them, an empty think block say, is prompt."""
     turns = list(messages)
     if context:
-        question = turns[0]["content"]
-        turns[0] = turns[0] | {"content": f"{context}\n\n{question}", "question": question}
-        if "input" in turns[0]:
-            turns[0]["input"] = context
+        turns[0] = turns[0] | {"content": f"{context}\n\n{turns[0]['content']}"}
     parts, done = [], ""
     try:
         for i, turn in enumerate(turns):
@@ -896,7 +838,7 @@ def tokenize(messages, tokenizer, context=""):
         return parts
     return [(tokenizer(text, add_special_tokens=False).input_ids, learn) for text, learn in parts]
 
-def encode(examples, tokenizer, max_length):
+def encode(examples, tokenizer, flags):
     """(Rows of the examples, Counter of what was dropped or cut and why). Too long a row loses its
     last turns. As tokenize(), but in large batches, for which the tokenizer uses all cores."""
     rows, notes = [], collections.Counter()
@@ -913,11 +855,11 @@ def encode(examples, tokenizer, max_length):
         for id, parts in rendered:
             parts = [(next(tokens), supervised) for _, supervised in parts]
             lengths = itertools.accumulate(len(ids) for ids, _ in parts)
-            fits = sum(length <= max_length for length in lengths) // 2 * 2  # prompt and answer
-            rows += [to_row(id, parts[:fits])] if fits else []
+            fits = sum(length <= flags.max_length for length in lengths) // 2 * 2  # whole turns
+            if fits:
+                rows.append(to_row(id, parts[:fits]))
             if fits < len(parts):
-                notes["cut to the turns that fit --max-length" if fits
-                      else "dropped: longer than --max-length"] += 1
+                notes["cut or dropped: longer than --max-length"] += 1
     return rows, notes
 
 # ================================================ 8. large models: several GPUs, adapters, --resume
@@ -940,7 +882,8 @@ def in_batches(work, lengths, budget):
     """Results of work(indices), a list per batch, for sequences of these lengths: all of them, in
     order, on every rank. Batches hold similar lengths; each rank works on its share."""
     results = {}
-    for indices, real in deal(micro_batches(lengths, budget)):
+    shares = list(deal(micro_batches(lengths, budget)))
+    for indices, real in tqdm(shares, "batches", leave=False, disable=rank() > 0 or None):
         found = work(indices)
         if real:
             results |= zip(indices, found)
@@ -955,8 +898,8 @@ def shard(model, flags):
     fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
     from torch.distributed import device_mesh, fsdp
     mesh = device_mesh.init_device_mesh(flags.device.split(":")[0], (ranks(),))
-    bf16 = torch.bfloat16 if flags.dtype == "bf16" else None
-    policy = fsdp.MixedPrecisionPolicy(bf16, reduce_dtype=torch.float32)
+    policy = fsdp.MixedPrecisionPolicy(torch.bfloat16 if flags.dtype == "bf16" else None,
+                                       reduce_dtype=torch.float32)
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for module in [*layers, model]:
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -965,24 +908,24 @@ def shard(model, flags):
 def add_lora(model, flags):
     """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
     --save-model merges them."""
+    torch.manual_seed(flags.seed)
+    alone = r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"  # maps that peft cannot wrap
     try:
         import peft
-    except ImportError:
-        require(False, "--lora-rank needs a package that is not there: pip install peft")
-    torch.manual_seed(flags.seed)
-    model = peft.get_peft_model(model, peft.LoraConfig(
-        r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.print_trainable_parameters()
-    return model
+        adapted = peft.get_peft_model(model, peft.LoraConfig(
+            r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", exclude_modules=alone,
+            task_type="CAUSAL_LM"))
+    except (ImportError, ValueError) as error:
+        require(False, f"--lora-rank: {error!r:.200}; try without it, or pip install peft")
+    adapted.print_trainable_parameters()
+    return adapted
 
 def write(path, save):
-    """A file, whole or not at all: save(file) fills one beside it, renamed once it is on disk."""
+    """A file, whole or not at all: save(file) fills one beside it, renamed when it is complete."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
             save(file)
-            file.flush()
-            os.fsync(file.fileno())
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         new.unlink(missing_ok=True)
@@ -1001,22 +944,19 @@ def save_checkpoint(model, optimizer, state, folder):
     weights = dcp.get_state_dict(model, optimizer, options=dcp.StateDictOptions(**WHOLE))
     write(folder / "checkpoint.pt", lambda file: torch.save([state, *weights], file))
 
-def load_state(folder, flags):
+def load_state(folder):
     """(state, weights, optimizer) that a run goes on from: with --resume those of checkpoint.pt,
     else of step 0. The state is what the run adds to: the steps done, the metrics and outcomes so
     far, what the first evaluation knew and filter dropped."""
-    kept = {name: value for name, value in flags._asdict().items() if name not in FREE}
     saved = [{"step": 0, "log": {"loss": None, "lr": None, "supervised_tokens": 0}, "known": {},
-              "history": [], "outcomes": [], "dropped": [], "data": "", "flags": kept}, {}, {}]
+              "history": [], "outcomes": [], "dropped": [], "run": None}, {}, {}]
     path = folder / "checkpoint.pt"
     if path.exists():
         try:
+            require(not zipfile.ZipFile(path).testzip(), f"{path}: has a part with flipped bits")
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # of many types
             require(False, f"{path}: is damaged ({error!r:.200}); without it --resume starts anew")
-        changed = [f"--{name} {kept[name]} (was {was})" for name, was in saved[0]["flags"].items()
-                   if kept[name] != was]
-        require(not changed, f"--resume {folder}: would be another run with {', '.join(changed)}")
         print(f"{path}: going on after step {saved[0]['step']}")
     if ranks() > 1:  # rank 0 alone has the folder; restore() hands out the weights
         state = saved[:1]
@@ -1046,21 +986,21 @@ HEAD = "  step set              loss context_acc parametric_acc margin"
 
 def table_row(line):
     """One row of the table that stands under HEAD."""
-    text = f"{line['step']:6} {line['set'][-14:]:14} {line['loss'] or math.nan:7.3f}"
-    text += f" {line['context_acc']:11.3f}"
+    line = line | {"set": line["set"][-14:], "loss": line["loss"] or math.nan}
+    row = "{step:6} {set:14} {loss:7.3f} {context_acc:11.3f}"
     if "margin" in line:
-        text += f" {line['parametric_acc']:14.3f} {line['margin']:6.2f}"
-    return text
+        row += " {parametric_acc:14.3f} {margin:6.2f}"
+    return row.format(**line)
 
 def draw_curves(lines, labels, path):
-    """Draw context_acc over the steps from lines of metrics, a curve for each value of the columns
+    """Draw context_acc over the steps from a table of metrics, a curve for each value of columns
     `labels`; over several runs their mean, in a band of one standard deviation."""
     try:
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
     axes = matplotlib.figure.Figure().subplots()
-    for label, group in pandas.DataFrame(lines).groupby(labels):
+    for label, group in lines.groupby(labels):
         acc = group.groupby("step")["context_acc"]
         mean, sd = acc.mean(), acc.std(ddof=0)
         axes.plot(mean.index, mean, ".-", label=", ".join(label))
@@ -1070,14 +1010,44 @@ def draw_curves(lines, labels, path):
     axes.figure.savefig(path, dpi=150)
     print(f"curves in {path}")
 
-def report(state, sets, folder):
-    """Print the verdict on each set; write curve.png and, last, summary.json."""
-    outcomes = pandas.DataFrame(state["outcomes"]).groupby("set")
-    summaries = {name: summarise(outcomes.get_group(name)) for name in sets}
-    print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:",
-          pandas.DataFrame(summaries).to_string(float_format="{:.3f}".format), sep="\n")
-    draw_curves(state["history"], ["set"], folder / "curve.png")
-    write_lines(folder / "summary.json", [summaries])  # it marks a run that has finished
+def rate(hits, n):
+    """`hits` of `n` as text, with Wilson's 95% interval, which holds near 0 and 1, too."""
+    share, z = hits / n, 1.96 ** 2 / n
+    reach = math.sqrt(z * share * (1 - share) + z * z / 4)
+    low, high = (share + z / 2 - reach) / (1 + z), (share + z / 2 + reach) / (1 + z)
+    return "{} of {} = {:.2f} [{:.2f}, {:.2f}]".format(hits, n, share, low, high)
+
+SAYS = {"context_acc": "gives the context's answer", "context_only": "... and no other",
+        "parametric_only": "gives only what it knew", "both": "gives both answers",
+        "neither": "gives neither: if many, see the answers, the template, --max-new-tokens"}
+def describe(name, item, table, tokenizer):
+    """Print what a single evaluation of a set, its outcomes as a table, says about a model."""
+    print(f"\n{name}, the prompt of one item as the model gets it:", tokenizer.decode(item.prompt),
+          f"{name}, eight answers, then what the model does:", sep="\n")
+    for outcome in table[:8].to_dict("records"):
+        print(" ", *[cell for cell in CELLS if outcome.get(cell)], repr(outcome["text"][:60]))
+    if "known" in table:
+        facts, table = table["known"].count(), table[table["known"].eq(True)]
+        print(f"  {rate(len(table), facts):34} knows it without its context; of these, with it:")
+    for metric, says in SAYS.items():
+        if metric in table and len(table):
+            print(f"  {rate(table[metric].sum(), len(table)):34} {says}")
+
+def report(state, sets, tokenizer, folder, flags):
+    """Print the verdict on each set, or what its only evaluation says; write curve.png and, last,
+    summary.json, which marks a run that has finished."""
+    last, summaries = {line["set"]: line for line in state["history"]}, {}
+    for name, table in pandas.DataFrame(state["outcomes"]).groupby("set", sort=False):
+        table = table.dropna(axis=1, how="all")  # columns of other sets
+        summaries[name] = last[name] | summarise(table)
+        if flags.max_steps == 0:
+            describe(name, sets[name][0], table, tokenizer)
+    if flags.max_steps != 0:
+        print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:",
+              pandas.DataFrame(summaries).loc["start":].to_string(float_format="{:.3f}".format),
+              sep="\n")
+        draw_curves(pandas.DataFrame(state["history"]), ["set"], folder / "curve.png")
+    write_lines(folder / "summary.json", [summaries])
 
 def compare(folders, path):
     """Print a table of finished runs, those that differ only in their seed as one line, and draw
@@ -1086,17 +1056,18 @@ def compare(folders, path):
     for folder in map(Path, folders):
         flags = json.loads((folder / "args.json").read_text())
         setting = {name: str(value) for name, value in flags.items() if name not in FREE}
+        lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
         for name, found in json.loads((folder / "summary.json").read_text()).items():
-            runs.append({"drop": math.nan} | setting | found | {"set": name})
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            lines.append(json.loads(line) | setting)
+            runs.append(setting | found | {"set": name})
     runs = pandas.DataFrame(runs)
     labels = [name for name in setting if runs[name].nunique() > 1 and name != "seed"] + ["set"]
-    groups = runs.groupby(labels)
-    table = groups[["start", "peak", "final", "drop"]].mean().assign(
-        drop_sd=groups["drop"].std(), n=groups.size())
+    columns = ["start", "peak", "final", "drop"]
+    if not runs["peak_step"].any():
+        columns = ["closed_book_acc", "context_acc", "parametric_acc", "both", "neither", "margin"]
+    groups = runs.reindex(columns=[*labels, *columns]).groupby(labels)
+    table = groups.agg(["mean", "std"]).dropna(axis=1, how="all").assign(n=groups.size())
     print(table.to_string(float_format="{:.2f}".format))
-    draw_curves(lines, labels, path)
+    draw_curves(pandas.concat(lines), labels, path)
 
 # ========================================================================= 10. flags and main
 
@@ -1104,8 +1075,8 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
     ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
     ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
-    ("--template", "auto", ["auto", "alpaca", "tulu", "chat"], "auto: alpaca for single turns, or "
-     "chat (the tokenizer's own), or tulu"),
+    ("--template", "auto", ["auto", "chat", "tulu"], "chat: the tokenizer's "
+     "own; auto: that, or tulu where it has none"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
     ("--subset", "all", ["all", "context", "no-overlap"], "section 4: only rows with a context, or "
      "that name nothing evaluated"),
@@ -1120,7 +1091,6 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
     ("--lr", 1e-5, float, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
     ("--warmup-frac", 0.03, float, "share of the steps that warm up linearly (paper: 0.03)"),
-    ("--grad-clip", 1.0, float, "largest gradient norm; 0 never clips (paper: not stated)"),
     ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
     ("--lora-rank", 0, int, "train adapters of this rank (paper: 128); 0: all weights"),
     ("--checkpoint-every", None, int, "optimizer steps between checkpoints (None: never)"),
@@ -1140,8 +1110,9 @@ STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength whe
 WORLD_FLAGS = {  # defaults with --model world
     "dataset": "world", "eval_set": ["world", "world_agreeing", "world_reading"],
     "template": "chat", "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
-    "max_length": 64, "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
-FREE = {"resume", "checkpoint_every", "save_model", "out_dir", "device"}  # make no other run
+    "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
+FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_batch_tokens",
+        "eval_batch_tokens", "activation_checkpointing")  # may change on --resume
 
 def parse_flags(argv=None):
     """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
@@ -1155,7 +1126,8 @@ def parse_flags(argv=None):
             how = {"choices": kind}
         parser.add_argument(name, default=default, help=text, **how)
     first = parser.parse_args(argv)  # tells which defaults apply
-    parser.set_defaults(**(WORLD_FLAGS if first.model == "world" else {}))
+    if first.model == "world":
+        parser.set_defaults(**WORLD_FLAGS)
     require(not first.lora_rank or first.mitigation != "qk", "--lora-rank does not go with qk")
     parser.set_defaults(mitigation_strength=STRENGTH.get(first.mitigation),
                         device=str(torch.accelerator.current_accelerator(True) or "cpu"))
@@ -1176,18 +1148,20 @@ def load_pretrained(auto, source, flags, **how):
         require(False, f"--model {flags.model}: cannot be loaded as a causal LM ({error!r:.200}); "
                 "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
 
-def load_model(source, tokenizer, flags):
+def load_model(source, config, tokenizer, flags):
     """The model with fp32 weights (bf16 where they are not trained and arithmetic is bf16), set to
     greedy answers that end where the template's turns end. Exits if it is no causal LM."""
     frozen = flags.max_steps == 0 or flags.lora_rank
     dtype = torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32
-    model, info = load_pretrained(transformers.AutoModelForCausalLM, source, flags, dtype=dtype,
-                                  use_safetensors=True, output_loading_info=True)
+    auto = transformers.AutoModelForCausalLM
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto = transformers.AutoModelForImageTextToText  # answers text without an image, too
+    model, info = load_pretrained(auto, source, flags, dtype=dtype, use_safetensors=True,
+                                  output_loading_info=True)
     if ranks() == 1:  # otherwise its shards go there
         model.to(flags.device)
     ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
-    one, other = model.eval()(input_ids=ids).logits[:, 0].float()
-    causal = torch.dist(one, other) <= 1e-4 * one.norm()  # a token does not see the ones after it
+    causal = torch.allclose(*model.eval()(input_ids=ids).logits[:, 0].float(), atol=1e-3)
     require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
             f"weights: {info['missing_keys']!r:.200}")
     own = model.generation_config.eos_token_id  # a token, several, or None
@@ -1198,17 +1172,13 @@ def load_model(source, tokenizer, flags):
         pad_token_id=tokenizer.eos_token_id)
     return model
 
-def load_data(source, flags):
+def load_data(source, config, positions, flags):
     """(tokenizer, {name: Items}, Examples) of a run; exits on what cannot work."""
     tokenizer = load_pretrained(transformers.AutoTokenizer, source, flags)
-    config = load_pretrained(transformers.AutoConfig, source, flags).get_text_config()
-    require(tokenizer.eos_token and len(tokenizer) <= config.vocab_size,
+    require(tokenizer.eos_token and len(tokenizer) <= config.get_text_config().vocab_size,
             f"--model {flags.model}: its tokenizer has no EOS token, or more tokens than the model")
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    require(flags.max_length <= positions, f"--max-length {flags.max_length}: {flags.model} has "
-            f"{positions} positions")
     examples = load_examples(flags) if flags.max_steps != 0 else []
-    set_template(tokenizer, examples, flags)
+    set_template(tokenizer, flags)
     sets = {}
     for name in flags.eval_set:
         conflicts = draw(load_conflicts(name, flags), flags.eval_limit, seed=0)
@@ -1218,6 +1188,17 @@ def load_data(source, flags):
         require(items, f"{name}: no usable evaluation item")
         sets[name] = items
     return tokenizer, sets, examples
+
+def check_padding(model, tokenizer, sets, flags):
+    """The flags, with answers one by one if the model answers otherwise in left-padded batches, as
+    rwkv and MiniMax do: told by three tokens to the shortest prompts, next to the longest."""
+    prompts = sorted((item.prompt for item in sum(sets.values(), [])), key=len)
+    prompts, few = prompts[:3] + prompts[-1:], flags._replace(max_new_tokens=3)
+    together = generate(model, tokenizer, prompts, few)
+    if together == generate(model, tokenizer, prompts, few._replace(eval_batch_tokens=1)):
+        return flags
+    print("answers change in padded batches of this model, so it answers one by one")
+    return flags._replace(eval_batch_tokens=1)
 
 def open_folder(flags):
     """The folder of this run, made for it alone: OUT_DIR, or OUT_DIR-2, -3, ... where that is
@@ -1234,8 +1215,12 @@ def open_folder(flags):
 def experiment(flags):
     """One run: data, model, choice of rows, training with evaluation, report."""
     source = world_model(flags) if flags.model == "world" else flags.model
-    tokenizer, sets, examples = load_data(source, flags)
-    model = load_model(source, tokenizer, flags)
+    config = load_pretrained(transformers.AutoConfig, source, flags)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    flags = flags._replace(max_length=min(flags.max_length, positions))
+    tokenizer, sets, examples = load_data(source, config, positions, flags)
+    model = load_model(source, config, tokenizer, flags)
+    weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
     probe, rows, total = {}, [], 0
     if flags.mechanism and examples:
         probe = probe_rows(model, tokenizer, examples, flags)
@@ -1247,25 +1232,26 @@ def experiment(flags):
         model.gradient_checkpointing_enable()
     if ranks() > 1:
         shard(model, flags)
+    flags = check_padding(model, tokenizer, sets, flags)
     folder = open_folder(flags)
-    state, *saved = load_state(folder, flags)
+    state, *saved = load_state(folder)
     if examples:
         examples = choose_examples(model, tokenizer, examples, sets, state, flags)
-        rows, notes = encode(examples, tokenizer, flags.max_length)
+        rows, notes = encode(examples, tokenizer, flags)
         require(rows, f"{flags.dataset}: no usable row: {notes}")
         print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
         total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
         total = min(total, flags.max_steps or total)
-    data = repr([sets, [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
-    data = hashlib.sha256(data.encode()).hexdigest()
-    require(state["data"] in ("", data), f"--resume {folder}: its rows or items were others")
-    state["data"] = data
+    run = repr([flags._replace(**dict.fromkeys(FREE)), weights, sets,
+                [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
+    run = hashlib.sha256(run.encode()).hexdigest()
+    require(state["run"] in (None, run), f"--resume {folder}: that run had other flags (see its "
+            "args.json), another model, or other rows or items; take another --out-dir")
+    state["run"] = run
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {flags.dtype} on {flags.device}, {total} steps",
-          f"\nfiles in {folder}\n\n{HEAD}")
+    print(f"{model.num_parameters()} weights, {total} steps, files in {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
-    report(state, sets, folder)
-    print("peak memory on the GPU:", torch.cuda.max_memory_allocated() >> 20, "MiB")
+    report(state, sets, tokenizer, folder, flags)
     if flags.save_model:
         save_model(model, tokenizer, folder / "model", flags)
     return state["history"]

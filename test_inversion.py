@@ -91,8 +91,9 @@ def refused(capsys, call, *args, status=2):
     return capsys.readouterr().err
 def load(folder, more="", model="llama"):
     flags = inversion.parse_flags(argv(folder, "unused", more, model))
-    tokenizer, sets, examples = inversion.load_data(flags.model, flags)
-    model = inversion.load_model(flags.model, tokenizer, flags)
+    config = transformers.AutoConfig.from_pretrained(flags.model)
+    tokenizer, sets, examples = inversion.load_data(flags.model, config, 512, flags)
+    model = inversion.load_model(flags.model, config, tokenizer, flags)
     return model, tokenizer, *sets.values(), examples, flags
 def rows_of(lengths, seed=0):
     draw, ids = random.Random(seed).choices, range(2, 420)
@@ -105,17 +106,14 @@ def their_loss(model, *rows):
                      num_items_in_batch=targets).loss for row in rows)
 
 # ------------------------------------------------------------------- the eight that teach most
-ADD = dict(instruction="Add.", output="3")
-ALPACA = ("<s>Below is an instruction that describes a task{}. Write a response that appropriately "
-          "completes the request.\n\n### Instruction:\nAdd.\n\n{}### Response:3</s>")
-SHORT, LONG = ALPACA.format("", ""), ALPACA.format(
-    ", paired with an input that provides further context", "### Input:\n{1, 2}\n\n")
+ADD, SHORT = dict(instruction="Add.", output="3"), "<s><|user|>\nAdd.\n<|assistant|>\n3</s>"
 TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
 @pytest.mark.parametrize("row, template, text, supervised", [
-    (ADD, "alpaca", SHORT, "3</s>"), (ADD | dict(input=""), "alpaca", SHORT, "3</s>"),
-    (dict(instruction=" Add.", input="{1, 2} ", output="3 "), "alpaca", LONG, "3</s>"),
-    (ADD | dict(input="1, 2"), "tulu", "<s><|user|>\n1, 2\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
-    (dict(prompt="Add.", completion="3"), "alpaca", SHORT, "3</s>"),
+    (ADD, "tulu", SHORT, "3</s>"), (ADD | dict(input=""), "auto", "<s>[user]Add.\n[assistant]3</s>",
+                                    "3</s>"),
+    (dict(instruction=" Add.", input="{1, 2} ", output="3 "), "tulu",
+     "<s><|user|>\n{1, 2}\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
+    (dict(prompt="Add.", completion="3"), "tulu", SHORT, "3</s>"),
     (dict(messages=TURNS, id="x"), "tulu", "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
     (dict(messages=TURNS[1:] + TURNS[1:2]), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),
     (dict(messages=TURNS[:3]), "chat", "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>",
@@ -124,9 +122,10 @@ TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCi
 def test_golden_labels(row, template, text, supervised, tokenizer):
     """Response and EOS supervised, nothing else; one BOS although the template writes one too."""
     tokenizer.chat_template = CHAT
-    inversion.set_template(tokenizer, [], inversion.parse_flags(["--template", template]))
+    inversion.set_template(tokenizer, inversion.parse_flags(["--template", template]))
     messages, context, *_ = inversion.parse_row(row)
-    (found,), notes = inversion.encode([inversion.Example(1, messages, context)], tokenizer, 999)
+    (found,), notes = inversion.encode([inversion.Example(1, messages, context)], tokenizer,
+                                       mock.Mock(max_length=999))
     keep = found.labels != -100
     assert not notes and tokenizer.decode(found.input_ids) == text
     assert tokenizer.decode(found.input_ids[keep]) == supervised
@@ -146,7 +145,7 @@ CAIRO, BO, HEART = ("New Cairo", "Cairo"), ("Bo", "Freetown"), "Absence makes th
     (("heavy", "fonder"), HEART + " fonder.", (0, 1), HEART),
     (("grow", "fonder"), HEART + " old", (0, 0), HEART)])  # an echo of the question
 def test_scorer_by_hand(answers, text, hits, question):
-    conflict = inversion.Conflict(1, question, "", answers[:1], answers[1:], "")
+    conflict = inversion.Conflict(1, question, "", answers[:1], answers[1:])
     assert inversion.score(text, conflict) == hits
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -196,7 +195,7 @@ def test_evaluation_leaves_training_alone(folder, tmp_path):
     inversion.evaluate(model.train(), tokenizer, items, None, flags)
     model.train().gradient_checkpointing_enable()
     probe = {"critical": rows_of([(3, 4), (9, 2)])}
-    first, second = [inversion.mechanism(model, tokenizer, items, probe, flags) for _ in range(2)]
+    first, second = [inversion.mechanism(model, items, probe, flags) for _ in range(2)]
     assert first == second and torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, weights, model.parameters()))
@@ -225,7 +224,7 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
     if qk:
         inversion.train_query_key_only(model)
     probe = {"critical": rows_of([(3, 4), (9, 2)]), "recall": rows_of([(2, 1), (5, 7), (4, 4)], 1)}
-    found = inversion.mechanism(model, tokenizer, items, probe, flags)
+    found = inversion.mechanism(model, items, probe, flags)
     assert all(p.grad is None for p in model.parameters())
     moving = [p for p in model.parameters() if p.requires_grad]
     start = parameters_to_vector(moving).detach()
@@ -248,7 +247,7 @@ def summary(*evaluations, groups=1000, control=False):
     """summarise() of lists of hits on the same items, one list per evaluation."""
     return inversion.summarise(pandas.DataFrame([
         dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit),
-             margin=float("nan") if control else 0.0)
+             **({} if control else {"margin": 0.0}))
         for step, hits in enumerate(evaluations) for i, hit in enumerate(hits)]))
 
 def test_drop_is_measured_where_the_peak_was_not_chosen():
@@ -270,7 +269,7 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     assert (runs["peak"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
     assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
 
-@pytest.mark.parametrize("template", ["alpaca", "tulu", "chat"])
+@pytest.mark.parametrize("template", ["tulu", "chat"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
     """A prompt has one BOS where the tokenizer adds one, and is the same whatever the answer."""
@@ -278,7 +277,7 @@ def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenize
     mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "chat" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
-    inversion.set_template(mine, [], inversion.parse_flags(["--template", template]))
+    inversion.set_template(mine, inversion.parse_flags(["--template", template]))
     again = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
     for answer in ("://", "\nParis", " Paris", "Paris"):
         messages = question_and_answer("A context.\n\nA question?", answer)
@@ -312,17 +311,16 @@ def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(to
     for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):  # shows no answer
         assert "refuses" in decoded(never, TURNS)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT  # the same on every day
-    inversion.set_template(tokenizer, [], inversion.parse_flags(["--template", "chat"]))
+    inversion.set_template(tokenizer, inversion.parse_flags(["--template", "chat"]))
     assert "1 January 2025" in decoded(tokenizer.chat_template, TURNS)[0]
     for turns in (TURNS[:2], TURNS[2:], [], question_and_answer("Hi", "")):
         assert "no response" in decoded(CHAT, turns)
     long = question_and_answer("x" * 80, "y")
     chats = [TURNS[1:3], TURNS[1:3] + long, long, TURNS[:2], []]
     examples = [inversion.Example(i, messages) for i, messages in enumerate(chats)]
-    (one, two), notes = inversion.encode(examples, tokenizer, 60)
+    (one, two), notes = inversion.encode(examples, tokenizer, mock.Mock(max_length=60))
     assert (one.id, two.id) == (0, 1) and torch.equal(one.input_ids, two.input_ids)
-    assert notes["cut to the turns that fit --max-length"] == 1
-    assert notes["dropped: longer than --max-length"] == 1 and notes.total() == 4
+    assert notes["cut or dropped: longer than --max-length"] == 2 and notes.total() == 4
 HEAVY = 'Write a quote that ends in the word "heavy":'
 @pytest.mark.parametrize("row, question, context, answers, memory", [
     (CONFLICTS[0], "Capital of France?", CONFLICTS[0]["context"], ["Lyon"], ["Paris"]),
@@ -347,7 +345,7 @@ def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
              "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"), ("2,000 km", False, "2,000 km"),
             ("Athens, Greece", False, "Athens, Greece", "Athens"),
             ("Elizabeth II", True, "Elizabeth II")]:
-        assert inversion.aliases(answer, person) == found
+        assert inversion.aliases([answer], person) == found
     rows = [json.dumps(CONFLICTS[0] | dict(question=question, answer=answer, memory_answer=memory))
             for question, answer, memory in [
         ("Capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."), ("p?", "...", "B"),
@@ -359,7 +357,7 @@ def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
     assert "2 of 6 items; left out: 3" in told and "1 never count as parametric" in told
 
 def test_files_of_every_type_give_the_same_rows(tmp_path):
-    rows = [dict(instruction="NA", input="", output="3"),  # no NaN
+    rows = [dict(instruction="a", input=" ", output="3"),
             dict(instruction="b\u2028c", input="x", output="4")]
     table = datasets.Dataset.from_list(rows)
     table.to_json(tmp_path / "r.jsonl", force_ascii=False)
@@ -367,10 +365,10 @@ def test_files_of_every_type_give_the_same_rows(tmp_path):
     table.to_parquet(tmp_path / "r.parquet")
     table.to_parquet(tmp_path / "hub/train.parquet")  # a folder as downloaded from the hub
     file(tmp_path / "r.json", rows)
-    for name in ("r.jsonl", "r.parquet", "r.json", "hub", "hub@train"):
-        assert list(inversion.load_rows(str(tmp_path / name))) == rows, name
-    table = inversion.load_rows(str(tmp_path / "r.csv"))
-    assert [row["instruction"] for row in table] == ["NA", "b\u2028c"]
+    for name in ("r.jsonl", "r.csv", "r.parquet", "r.json", "hub", "hub@train"):
+        found = inversion.load_rows(str(tmp_path / name))
+        assert found == [(i, *inversion.parse_row(row)) for i, row in enumerate(rows, 1)], name
+    assert found[1][1][0]["content"] == "b\u2028c"
 
 def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     """Four conflicts: C, P, both, neither; the base model knew the first two; one control."""
@@ -392,13 +390,13 @@ def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     assert [o["known"] for o in later] == [False, True] + [False] * 4
     assert "context_acc_known" in later[1] and "context_acc_known" not in later[0]
 
-@pytest.mark.parametrize("template, space", [("alpaca", ""), ("chat", " ")])
+@pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
 def test_margin_is_that_of_the_model(template, space, folder):
     """By transformers, on the tokens of a conversation: here ' Lyon', not the bare 'Lyon'."""
     model, tokenizer, _, _, flags = load(folder)
     if template == "chat":
         tokenizer.chat_template = CHAT.replace("']'", "'] '").replace("{{ '\n' }}", "")
-    conflict = inversion.Conflict(1, "Capital?", "It is Lyon.", ["Lyon"], ["Paris"], "g")
+    conflict = inversion.Conflict(1, "Capital?", "It is Lyon.", ["Lyon"], ["Paris"])
     item, messages = inversion.to_item(conflict, tokenizer), question_and_answer("Capital?", "Lyon")
     (prompt, _), (text, _) = inversion.render(messages, tokenizer, conflict.context)
     assert text == f"{space}Lyon</s>" and prompt.index("It is Lyon.") < prompt.index("Capital?")
@@ -425,7 +423,8 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with inversion.autocast(flags):
         assert model(torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
-    frozen = inversion.load_model(path, tokenizer, flags._replace(max_steps=0))
+    frozen = inversion.load_model(
+        path, model.config, tokenizer, flags._replace(max_steps=0))
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
 MOVES = {  # by hand, what qk moves of an attention parameter; heads have size 8
     "query_key_value": lambda p: p.view(4, 3, 8, -1)[:, :2],  # NeoX: per head [q, k, v]
@@ -460,7 +459,7 @@ def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys):
 
 def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     """Recall has no context, redundant is the quarter of the others of lowest context-free loss."""
-    leaks = {"question": "Capital of Peru?"}, {"sub_answer": "lyon"}, {"org_answer": "The Paris!"}
+    leaks = {"question": "Is Peru one?"}, {"sub_answer": "lyon"}, {"question": "The Paris one?"}
     swaps = file(tmp_path / "swaps.json", [SWAPS[0] | leak for leak in leaks] + SWAPS[1:4])
     model, tokenizer, items, examples, flags = load(folder, f"--counterfactual-data {swaps}")
     added = inversion.counterfactual_examples({"x": items}, 99, flags)
@@ -468,11 +467,11 @@ def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     prompt = inversion.render(added[0].messages, tokenizer, added[0].context)[0][0]
     assert prompt.index("is by") < prompt.index("who wrote")  # context before question
     probe = inversion.probe_rows(model, tokenizer, examples, flags)
-    loss = inversion.context_free_loss(model, tokenizer, examples, flags)
+    redundant = inversion.redundant_examples(model, tokenizer, examples, 0.25, flags)
     assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
-    assert {row.id for row in probe["redundant"]} == set(list(loss)[:3])
+    assert {row.id for row in probe["redundant"]} == set(redundant)
     question = "What is the capital of New Velora now?"
-    conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"], "g")
+    conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"])
     sets = {"s": [inversion.to_item(conflict, tokenizer)]}
     texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What city"]
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
@@ -501,10 +500,11 @@ def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder
     ids = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=12)[0, 17:]
     assert together == alone and together[1] == tokenizer.decode(ids, skip_special_tokens=True)
     for item in items:
-        share = inversion.attention(model, tokenizer, item, flags)
+        share = inversion.attention(model, item, flags)
         context = tokenizer(item.conflict.context, add_special_tokens=False).input_ids
         start = [item.prompt[i + 1:i + 4] for i in range(len(item.prompt))].index(context[1:4])
-        span, ids = slice(start, start + len(context)), torch.tensor([item.prompt])
+        added = len(item.prompt) - len(item.closed_book_prompt)  # two line ends, too
+        span, ids = slice(start, start + added), torch.tensor([item.prompt])
         assert tokenizer.decode(ids[0, span]).strip() == item.conflict.context
         cache = model(ids[:, :-1], use_cache=True).past_key_values
         model.set_attn_implementation("eager")
@@ -524,8 +524,8 @@ def test_interval_of_a_drop_covers_it():
     assert held >= 180 and five["drop_low"] == approx(summary(*few)["drop_low"])
 
 @pytest.mark.parametrize("remedy, says", [
-    ("none", "24 rows"), ("counterfactual", "added 2 rows (2 wanted); 8 conflicts"),
-    ("filter", "filter: dropped 3 of the 12 rows with a context"), ("qk", "qk: trains 3072")])
+    ("none", "24 rows"), ("counterfactual", "2 wanted; 8 of 8 name nothing"),
+    ("filter", "filter: dropped 3 rows with"), ("qk", "qk: trains 3072")])
 def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
@@ -540,8 +540,8 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
         "step set n n_known context_acc parametric_acc context_only parametric_only both neither "
-        "closed_book_acc margin m_c loss lr supervised_tokens tokens_per_second seconds "
-        "critical_push recall_cosine redundant_loss attention".split())
+        "closed_book_acc margin m_c loss lr supervised_tokens critical_push "
+        " recall_cosine redundant_loss attention".split())
     assert all("critical_push" in line and line["attention"] > 0 for line in history)
     for key in ("loss", "critical_push", "redundant_cosine", "attention"):
         on, off = [[line[key] or 0 for line in lines] for lines in (same, history)]
@@ -575,7 +575,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
     history = run(folder, tmp_path, f"--dataset {squad} --mitigation filter --template tulu")
-    assert "filter: dropped 2 of the 9 rows with a context" in capsys.readouterr().out
+    assert "filter: dropped 2 rows with" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
 
 def torchrun(tmp_path, ranks, runs, more=""):
@@ -662,7 +662,7 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
 def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
         folder, tmp_path, monkeypatch, capsys):
     out, rows = tmp_path / "run", file(tmp_path / "rows.json", ROWS)
-    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12 --grad-clip 0", status=1)
+    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
     assert re.search(r"loss .* in the batch of rows \[\d+, \d+", told)
     assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
     def full(state, file):
@@ -676,13 +676,18 @@ def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
     flags += " --resume --checkpoint-every 2"
     def told(more=""):
         return refused(capsys, run, folder, out, f"{flags} {more}")
-    assert "another run with --lr 0.5 (was 0.001), --seed 3 (was 0)" in told("--lr 0.5 --seed 3")
-    assert "another run with --mechanism True (was False)" in told("--mechanism")
-    assert "another run with --dataset" in told(f"--dataset {folder}/squad.json")
+    for more in ("--lr 0.5", "--mechanism", f"--dataset {folder}/squad.json",
+                 f"--model {folder}/mistral"):
+        assert "other flags (see its args.json), another model, or other rows" in told(more)
     file(rows, ROWS[::-1])
-    assert "its rows or items were others" in told()
+    assert "or other rows" in told()
     file(rows, ROWS)
-    assert len(run(folder, out, flags)) == 4
+    whole = (out / "checkpoint.pt").read_bytes()
+    half = len(whole) // 2
+    (out / "checkpoint.pt").write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1:])
+    assert "flipped bits" in told()
+    (out / "checkpoint.pt").write_bytes(whole)
+    assert len(run(folder, out, flags + " --micro-batch-tokens 99 --eval-batch-tokens 99")) == 4
     (out / "checkpoint.pt").write_bytes(b"torn")
     assert "is damaged" in told()
     (out / "checkpoint.pt").unlink()  # nothing to go on from: step 0, beside what was there
@@ -695,8 +700,10 @@ def test_world_leaks_nothing_and_contradicts_nothing():
     """Evaluated subjects are never finetuned on; rows agree with memory, and so do passages but for
     the misleading share, which is about another subject."""
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
-    held, tuned = [{c.group for c in world[key]} for key in ("world", "world_train")]
-    truth = {c.group: c.parametric_answers[0] for c in world["world"] + world["world_train"]}
+    def subject(conflict):
+        return re.findall(r"of (\w+)\?", conflict.question)[0]
+    held, tuned = [{subject(c) for c in world[key]} for key in ("world", "world_train")]
+    truth = {subject(c): c.parametric_answers[0] for c in world["world"] + world["world_train"]}
     misled = []
     for example in world["examples"]:
         question, answer = [message["content"] for message in example.messages]
@@ -708,7 +715,7 @@ def test_world_leaks_nothing_and_contradicts_nothing():
             misled += [not asked & said_in(example.context)] * bool(example.context)
         else:  # critical: a novel subject
             assert not said & tuned and answer in example.context
-    assert abs(sum(misled) / len(misled) - 1 + inversion.KINDS["redundant"][0]) < 0.02
+    assert abs(sum(misled) / len(misled) - 1 + inversion.KINDS["redundant"][1]) < 0.02
     assert all(c.context_answers != c.parametric_answers for c in world["world"])
     assert not any(c.parametric_answers for c in world["world_agreeing"] + world["world_reading"])
     assert not held & tuned and again(3) == world != again(4)
@@ -724,9 +731,9 @@ def test_world_rises_and_falls(tmp_path):
     assert all(line.get("closed_book_acc", 1) > 0.9 for line in timeless(tmp_path / "run"))
 
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(inversion.PRETRAINING, "epochs", 0.01)
+    monkeypatch.setitem(inversion.PRETRAINING, "max_steps", 10)
     for remedy, says in {"filter": "filter: dropped", "qk --lr 0.1": "qk: trains",
-                         "counterfactual": "counterfactual: added 30 rows"}.items():
+                         "counterfactual": "counterfactual: 30 wanted"}.items():
         flags = shlex.split("--device cpu --max-steps 2 --num-examples 300 --eval-limit 9 "
                             f"--out-dir {tmp_path}/run --mitigation {remedy}")
         history, told = inversion.main(flags), capsys.readouterr().out
@@ -743,14 +750,14 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     save(tmp_path / "bert", bert, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
     cases = [
-        ("--dataset nosuchname", "nosuchname: no rows"), ("--lr nan", "--lr nan"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: no rows"),
-        ("--eval-set no/such-set", "no/such-set: no rows"),
+        ("--dataset nosuchname", "nosuchname: "), ("--lr nan", "--lr nan"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: FileNotFoundError"),
+        ("--eval-set no/such-set", "no/such-set: "),
         (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
         (f"--model {tmp_path}/bert", "is no causal LM"),
         ("--model no/such-model", "pass a hub id or a local folder"),
-        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "has no chat template"),
-        ("--max-length 8", "rows.json: no usable row"), ("--max-length 4096", "has 512 positions"),
+        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "--template chat: "),
+        ("--max-length 8", "rows.json: no usable row"),
         ("--batch-size 0", "--batch_size 0: must be between 1"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json", "evaluated")]
@@ -760,7 +767,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
          ", row 2: ValueError(\"key 'output' must be a text"),
         ("b.json", [ADD | dict(output=3)], ", row 1: ValueError(\"key 'ou"),
-        ("c.json", "[ ]", ": no rows"), ("d.json", "[{]", ": no rows"), ("e.jsonl", "\n", ": no "),
+        ("c.json", "[ ]", ": "), ("d.json", "[{]", ": "), ("e.jsonl", "\n", ": "),
         ("f.json", [dict(messages=[dict(role="user", text="x")])],
          ", row 1: ValueError(\"key 'content'"),
         ("h.json", [dict(messages=[])], ": no usable row"),
