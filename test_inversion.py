@@ -73,9 +73,8 @@ def file(path, content):
     return path
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-def timeless(folder):
-    return [{key: value for key, value in line.items() if "second" not in key}
-            for line in lines_of(folder / "metrics.jsonl")]
+def metrics_of(folder):
+    return lines_of(folder / "metrics.jsonl")
 def argv(folder, out, more="", model="llama"):
     return shlex.split(
         f"--model {folder / model} --dataset {folder}/rows.json --eval-set {folder}/conflicts.json "
@@ -238,9 +237,7 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
             vector_to_parameters(start + step * gradient, moving)
             margins.append(sum(their_loss(model, item.parametric_row) - their_loss(
                 model, item.context_row) for item in items).item() / len(items))
-        push, cosine = found[f"{kind}_push"], found[f"{kind}_cosine"]
-        assert (margins[0] - margins[1]) / 2 == approx(eps * push, rel=0.05)
-        assert 0 < abs(cosine) <= 1 and push * cosine > 0
+        assert (margins[0] - margins[1]) / 2 == approx(eps * found[f"{kind}_push"], rel=0.05)
         assert found[f"{kind}_loss"] == approx(loss.item(), rel=1e-5)
 
 def summary(*evaluations, groups=1000, control=False):
@@ -354,11 +351,11 @@ def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
     found = inversion.load_conflicts(str(path), inversion.parse_flags(["--model", "x"]))
     told = capsys.readouterr().out
     assert [c.parametric_answers for c in found] == [[], ["Paris"]]
-    assert "2 of 6 items; left out: 3" in told and "1 never count as parametric" in told
+    assert "2 of 6 items; left out: 3" in told
 
 def test_files_of_every_type_give_the_same_rows(tmp_path):
-    rows = [dict(instruction="a", input=" ", output="3"),
-            dict(instruction="b\u2028c", input="x", output="4")]
+    rows = [dict(instruction="a", input=" ", output="one"),
+            dict(instruction="b\u2028c", input="x", output="two")]
     table = datasets.Dataset.from_list(rows)
     table.to_json(tmp_path / "r.jsonl", force_ascii=False)
     table.to_csv(tmp_path / "r.csv")
@@ -540,10 +537,10 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
         "step set n n_known context_acc parametric_acc context_only parametric_only both neither "
-        "closed_book_acc margin m_c loss lr supervised_tokens critical_push "
-        " recall_cosine redundant_loss attention".split())
+        "closed_book_acc margin m_c loss lr critical_push "
+        " recall_push redundant_loss attention".split())
     assert all("critical_push" in line and line["attention"] > 0 for line in history)
-    for key in ("loss", "critical_push", "redundant_cosine", "attention"):
+    for key in ("loss", "critical_push", "attention"):
         on, off = [[line[key] or 0 for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)  # no loss at step 0: None
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
@@ -554,10 +551,10 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
     a, same, b, other, again = [tmp_path / name for name in ("a", "same", "b", "filter", "again")]
     for out, more in {a: "", same: "", b: "--seed 2", other: "--mitigation filter"}.items():
         run(folder, out, f"--save-model --seed 1 {more}")
-    assert timeless(a) == timeless(same) != timeless(b)
+    assert metrics_of(a) == metrics_of(same) != metrics_of(b)
     for _ in range(2):
         line, = run(folder, again, "--max-steps 0", a / "model")
-        assert line["margin"] == approx(timeless(a)[-1]["margin"], abs=1e-6)
+        assert line["margin"] == approx(metrics_of(a)[-1]["margin"], abs=1e-6)
     assert sorted(path.name for path in tmp_path.glob("again*")) == ["again", "again-2"]
     capsys.readouterr()
     inversion.main(shlex.split(f"--compare {a} {b} {other} --out-dir {tmp_path}"))
@@ -577,6 +574,57 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     history = run(folder, tmp_path, f"--dataset {squad} --mitigation filter --template tulu")
     assert "filter: dropped 2 rows with" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
+
+def test_models_that_are_special(folder, tmp_path, capsys):
+    """Text of a multimodal model, attention sinks, none, answers that padding changes; all with
+    fewer positions than --max-length."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+    small = dict(SIZES, num_hidden_layers=1, head_dim=8)
+    configs = {
+        "mistral3": transformers.Mistral3Config(
+            text_config=dict(model_type="mistral", **small), vision_config=dict(
+                model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, head_dim=8, image_size=28, patch_size=14)),
+        "gpt_oss": transformers.GptOssConfig(
+            **small, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"]),
+        "mamba": transformers.MambaConfig(vocab_size=420, hidden_size=32, num_hidden_layers=1),
+        "rwkv": transformers.RwkvConfig(vocab_size=420, hidden_size=32, num_hidden_layers=2,
+                                        attention_hidden_size=32, context_length=512)}
+    for name, config in configs.items():
+        auto = transformers.AutoModelForCausalLM
+        if name == "mistral3":
+            auto = transformers.AutoModelForImageTextToText
+        model = auto.from_config(config)
+        for p in model.parameters():  # so that answers differ
+            p.data *= 1 + 4 * (p.ndim > 1)
+        save(tmp_path / name, model, tokenizer)
+        qk = "--mitigation qk" * (name != "mamba")
+        more = f"--max-length 4096 --mechanism {qk}"
+        history = run(folder, tmp_path / "run", more, tmp_path / name)
+        told = capsys.readouterr().out
+        assert ("answers one by one" in told) == (name == "rwkv"), name
+        assert (history[0]["attention"] is None) == (name in ("mamba", "rwkv")), name
+        if name == "gpt_oss":  # 4 query and 2 key heads of size 8, with their biases
+            assert f"qk: trains {(32 + 16) * 33} weights" in told
+        if name == "mistral3":  # the vision tower has no gradient, and stays
+            assert f"qk: trains {(32 + 16) * 32} weights" in told
+
+def test_a_single_evaluation_in_sentences(folder, tmp_path, capsys):
+    assert inversion.rate(0, 20) == "0 of 20 = 0.00 [0.00, 0.16]"  # Wilson, as in the textbooks
+    assert inversion.rate(10, 10) == "10 of 10 = 1.00 [0.72, 1.00]"
+    for name in ("llama", "neox"):
+        run(folder, tmp_path / name, f"--max-steps 0 --eval-set {folder}/conflicts.json "
+            f"{folder}/squad.json", name)
+    told = capsys.readouterr().out
+    assert told.count("the prompt of one item as the model gets it:\n<s><|user|>\nThe capital") == 2
+    assert told.count("eight answers") == 4 and "verdict" not in told and "curve" not in told
+    assert "0 of 6 = 0.00 [0.00, 0.39]         knows it" in told
+    assert "0 of 9 = 0.00 [0.00, 0.30]         gives the context's answer" in told
+    inversion.main(["--compare", str(tmp_path / "llama"), str(tmp_path / "neox"),
+                    "--out-dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "closed_book_acc" in told and "margin" in told and "peak" not in told
+    assert str(folder / "neox") in told
 
 def torchrun(tmp_path, ranks, runs, more=""):
     """Several runs, and then more, in one script under torchrun."""
@@ -603,7 +651,7 @@ def test_two_ranks_are_one_process(folder, tmp_path):
         for flags in [two[case]] * (case in ("none", "qk")) + [one[case]]:  # two's goes on on one
             inversion.main(flags)
         outs = [tmp_path / f"{ranks}-{case}" for ranks in ("one", "two")]
-        alone, both = map(timeless, outs)
+        alone, both = map(metrics_of, outs)
         assert [line["step"] for line in alone] == [0, 4, 8, 12]
         assert all(a == approx(b, abs=1e-5) for a, b in zip(alone, both, strict=True)), case
         a, b = [pretrained(out / "model").parameters() for out in outs]
@@ -655,7 +703,7 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
             inversion.main(flags)
     assert len(inversion.main(flags)) == 5 and not (tmp_path / "broken-2").exists()
     assert "going on after step" in capsys.readouterr().out
-    assert timeless(whole) == timeless(broken)
+    assert metrics_of(whole) == metrics_of(broken)
     for name in ("model/model.safetensors", "generations.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
@@ -728,7 +776,7 @@ def test_world_rises_and_falls(tmp_path):
     assert found["world"]["verdict"] == "inversion"
     assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.15
     assert all(found[name]["drop"] < 0.05 for name in ("world_agreeing", "world_reading"))
-    assert all(line.get("closed_book_acc", 1) > 0.9 for line in timeless(tmp_path / "run"))
+    assert all(line.get("closed_book_acc", 1) > 0.9 for line in metrics_of(tmp_path / "run"))
 
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(inversion.PRETRAINING, "max_steps", 10)
