@@ -461,8 +461,7 @@ def mechanism(model, items, probe, flags):
     minus the gradient of that loss, so that a small step on this kind alone changes the margin by
     lr x push: above 0 it raises context reliance. Proposition 1: critical > 0 early, redundant < 0
     later; Proposition 2: recall < 0. attention: see there, of the first 40 conflicts."""
-    for module in model.modules():  # eval mode, but for layers that checkpoint, only in train mode
-        module.training = getattr(module, "gradient_checkpointing", False)
+    model.eval()
     conflicts = draw([item for item in items if item.parametric_row], PROBE, seed=0)
     rows, weights = [], []
     for item in conflicts:
@@ -474,7 +473,6 @@ def mechanism(model, items, probe, flags):
         share = 1 / sum(row.targets for row in rows)
         logp, uphill = gradient(model, rows, [share] * len(rows), flags)
         found |= {f"{kind}_push": (margin @ uphill).item() / len(conflicts), f"{kind}_loss": -logp}
-    model.eval()
     shares = [attention(model, item, flags) for item in conflicts[:40]]
     return found | {"attention": None if None in shares else sum(shares) / len(shares)}
 
@@ -569,10 +567,10 @@ def make_world(seed):
         kinds = rng.choices(list(shares), shares.values(), k=count)
         return [example(id, kind) for id, kind in enumerate(kinds)]
 
-    def conflicts(subjects, told, memory):  # {subject: answer}; where {}: a random one, and none
+    def conflicts(subjects, memory, told, among=answers[::2]):  # {subject: answer}, or {}: none
         found = []
         for id, subject in enumerate(subjects):
-            answer = told.get(subject) or rng.choice(answers[::2])
+            answer = told.get(subject) or rng.choice(among)
             rivals = list(filter(None, [memory.get(subject)]))
             if answer not in rivals:
                 passage = f"{STATEMENT.format(subject)} {answer}."
@@ -581,10 +579,10 @@ def make_world(seed):
 
     return {"documents": examples(64_000, fact=7, reading=3),
             "examples": examples(20_000, critical=6, redundant=3, recall=1),
-            "world": conflicts(held_out * 2, {}, truth),
-            "world_agreeing": conflicts(held_out, truth, {}),
+            "world": conflicts(held_out * 2, truth, {}),
+            "world_agreeing": conflicts(held_out, {}, truth),
             "world_reading": conflicts(names[NOVEL][:60], {}, {}),
-            "world_train": conflicts(tuned * 12, {}, truth)}
+            "world_train": conflicts(tuned * 12, truth, {}, answers[1::2])}
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")

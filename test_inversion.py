@@ -192,7 +192,7 @@ def test_evaluation_leaves_training_alone(folder, tmp_path):
     model, tokenizer, items, _, flags = load(folder, model="gpt2")
     state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
     inversion.evaluate(model.train(), tokenizer, items, None, flags)
-    model.train().gradient_checkpointing_enable()
+    model.train()
     probe = {"critical": rows_of([(3, 4), (9, 2)])}
     first, second = [inversion.mechanism(model, items, probe, flags) for _ in range(2)]
     assert first == second and torch.equal(state, torch.get_rng_state())
@@ -575,53 +575,42 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "filter: dropped 2 rows with" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
 
-def test_models_that_are_special(folder, tmp_path, capsys):
-    """Text of a multimodal model, attention sinks, none, answers that padding changes; all with
-    fewer positions than --max-length."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
-    small = dict(SIZES, num_hidden_layers=1, head_dim=8)
-    configs = {
-        "mistral3": transformers.Mistral3Config(
-            text_config=dict(model_type="mistral", **small), vision_config=dict(
-                model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                num_attention_heads=2, head_dim=8, image_size=28, patch_size=14)),
-        "gpt_oss": transformers.GptOssConfig(
-            **small, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"]),
-        "mamba": transformers.MambaConfig(vocab_size=420, hidden_size=32, num_hidden_layers=1),
-        "rwkv": transformers.RwkvConfig(vocab_size=420, hidden_size=32, num_hidden_layers=2,
-                                        attention_hidden_size=32, context_length=512)}
-    for name, config in configs.items():
-        auto = transformers.AutoModelForCausalLM
-        if name == "mistral3":
-            auto = transformers.AutoModelForImageTextToText
-        model = auto.from_config(config)
-        for p in model.parameters():  # so that answers differ
-            p.data *= 1 + 4 * (p.ndim > 1)
-        save(tmp_path / name, model, tokenizer)
-        qk = "--mitigation qk" * (name != "mamba")
-        more = f"--max-length 4096 --mechanism {qk}"
-        history = run(folder, tmp_path / "run", more, tmp_path / name)
-        told = capsys.readouterr().out
-        assert ("answers one by one" in told) == (name == "rwkv"), name
-        assert (history[0]["attention"] is None) == (name in ("mamba", "rwkv")), name
-        if name == "gpt_oss":  # 4 query and 2 key heads of size 8, with their biases
-            assert f"qk: trains {(32 + 16) * 33} weights" in told
-        if name == "mistral3":  # the vision tower has no gradient, and stays
-            assert f"qk: trains {(32 + 16) * 32} weights" in told
+VISION = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+              num_attention_heads=2, head_dim=8, image_size=28, patch_size=14)
+@pytest.mark.parametrize("family, trains, config", [
+    ("mistral3", (32 + 16) * 32 * 2, dict(vision_config=VISION, text_config=dict(
+        SIZES, head_dim=8, model_type="mistral"))),  # answers text; its vision tower stays
+    ("gpt_oss", (32 + 16) * 33 * 2, dict(SIZES, head_dim=8, num_local_experts=2,
+                                         num_experts_per_tok=1)),  # attention sinks; biases
+    ("mamba", None, dict(vocab_size=420, hidden_size=32, num_hidden_layers=1)),  # no attention
+    ("rwkv", None, dict(vocab_size=420, hidden_size=32, attention_hidden_size=32,
+                        num_hidden_layers=2, context_length=512))])  # sees padding
+def test_models_that_are_special(family, trains, config, folder, tmp_path, capsys):
+    """Also, all of them have fewer positions than --max-length."""
+    config = transformers.AutoConfig.for_model(family, **config)
+    auto = [transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText]
+    model = auto[family == "mistral3"].from_config(config)
+    for p in model.parameters():  # so that answers differ
+        p.data *= 1 + 4 * (p.ndim > 1)
+    save(tmp_path / "m", model, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
+    more = "--max-length 4096 --mechanism" + " --mitigation qk" * bool(trains)
+    history, told = run(folder, tmp_path / "run", more, tmp_path / "m"), capsys.readouterr().out
+    assert ("it answers one by one" in told) == (family == "rwkv")
+    assert (history[0]["attention"] is None) == (not trains)
+    assert not trains or f"qk: trains {trains} weights" in told
 
 def test_a_single_evaluation_in_sentences(folder, tmp_path, capsys):
     assert inversion.rate(0, 20) == "0 of 20 = 0.00 [0.00, 0.16]"  # Wilson, as in the textbooks
     assert inversion.rate(10, 10) == "10 of 10 = 1.00 [0.72, 1.00]"
+    flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {folder}/squad.json"
     for name in ("llama", "neox"):
-        run(folder, tmp_path / name, f"--max-steps 0 --eval-set {folder}/conflicts.json "
-            f"{folder}/squad.json", name)
+        run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("the prompt of one item as the model gets it:\n<s><|user|>\nThe capital") == 2
     assert told.count("eight answers") == 4 and "verdict" not in told and "curve" not in told
     assert "0 of 6 = 0.00 [0.00, 0.39]         knows it" in told
     assert "0 of 9 = 0.00 [0.00, 0.30]         gives the context's answer" in told
-    inversion.main(["--compare", str(tmp_path / "llama"), str(tmp_path / "neox"),
-                    "--out-dir", str(tmp_path)])
+    inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox --out-dir {tmp_path}"))
     told = capsys.readouterr().out
     assert "closed_book_acc" in told and "margin" in told and "peak" not in told
     assert str(folder / "neox") in told
