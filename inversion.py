@@ -531,9 +531,9 @@ KNOWN, HELD_OUT, TUNED = slice(240), slice(60), slice(60, 240)
 NOVEL, ASKED, ANSWERS = slice(240, 720), slice(720), slice(720, 760)
 KINDS = {  # subjects; how often it is told the truth, how often the answer is what is told
     "fact": (KNOWN, 0.7, 1),       # pretraining: no passage; at times wrong, so that memory is soft
-    "reading": (ASKED, 0, 0.38),   # pretraining: a passage; copying is half learned
+    "reading": (ASKED, 0, 0.4),    # pretraining: a passage; copying is half learned
     "critical": (NOVEL, 0, 1),     # a passage, its random answer: only copying helps
-    "redundant": (TUNED, 0.9, 0),  # a true passage; the others are of someone else, so that memory
+    "redundant": (TUNED, 0.97, 0), # a true passage; the others are of someone else, so that memory
                                    # is the better guide, as section 5 assumes
     "recall": (TUNED, 1, 0)}       # no passage
 
@@ -577,7 +577,7 @@ def make_world(seed):
                 found.append(Conflict(id, QUESTION.format(subject), passage, [answer], rivals))
         return found
 
-    return {"documents": examples(64_000, fact=7, reading=3),
+    return {"documents": examples(51_200, fact=1, reading=1),
             "examples": examples(20_000, critical=6, redundant=3, recall=1),
             "world": conflicts(held_out * 2, truth, {}),
             "world_agreeing": conflicts(held_out, {}, truth),
@@ -586,7 +586,7 @@ def make_world(seed):
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
-PRETRAINING = {"max_steps": 1000, "batch_size": 64, "lr": 2e-3, "warmup_frac": 0.03,
+PRETRAINING = {"max_steps": 800, "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03,
                "micro_batch_tokens": 4096, "lora_rank": 0}
 
 def world_model(flags):
@@ -1054,9 +1054,10 @@ def compare(folders, path):
         setting = {name: str(value) for name, value in flags.items() if name not in FREE}
         lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
         for name, found in json.loads((folder / "summary.json").read_text()).items():
-            runs.append(setting | found | {"set": name})
+            runs.append(found | setting | {"set": name})
     runs = pandas.DataFrame(runs)
-    labels = [name for name in setting if runs[name].nunique() > 1 and name != "seed"] + ["set"]
+    differ = [name for name in [*setting, "set"] if runs[name].nunique() > 1 and name != "seed"]
+    labels = differ or ["set"]
     columns = ["start", "peak", "final", "drop"]
     if not runs["peak_step"].any():
         columns = ["closed_book_acc", "context_acc", "parametric_acc", "both", "neither", "margin"]
