@@ -533,7 +533,7 @@ KINDS = {  # subjects; how often it is told the truth, how often the answer is w
     "fact": (KNOWN, 0.7, 1),       # pretraining: no passage; at times wrong, so that memory is soft
     "reading": (ASKED, 0, 0.4),    # pretraining: a passage; copying is half learned
     "critical": (NOVEL, 0, 1),     # a passage, its random answer: only copying helps
-    "redundant": (TUNED, 0.97, 0), # a true passage; the others are of someone else, so that memory
+    "redundant": (TUNED, 0.98, 0), # a true passage; the others are of someone else, so that memory
                                    # is the better guide, as section 5 assumes
     "recall": (TUNED, 1, 0)}       # no passage
 
@@ -1013,7 +1013,7 @@ def rate(hits, n):
     low, high = (share + z / 2 - reach) / (1 + z), (share + z / 2 + reach) / (1 + z)
     return "{} of {} = {:.2f} [{:.2f}, {:.2f}]".format(hits, n, share, low, high)
 
-SAYS = {"context_acc": "gives the context's answer", "context_only": "... and no other",
+SAYS = {"context_acc": "gives the context's answer",
         "parametric_only": "gives only what it knew", "both": "gives both answers",
         "neither": "gives neither: if many, see the answers, the template, --max-new-tokens"}
 def describe(name, item, table, tokenizer):
@@ -1107,7 +1107,7 @@ STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength whe
 WORLD_FLAGS = {  # defaults with --model world
     "dataset": "world", "eval_set": ["world", "world_agreeing", "world_reading"],
     "template": "chat", "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
-    "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
+    "warmup_frac": 0.2, "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
 FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_batch_tokens",
         "eval_batch_tokens", "activation_checkpointing")  # may change on --resume
 
