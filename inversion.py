@@ -300,10 +300,10 @@ def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flag
         if step == total:
             break
 
-        batch = batch_of(rows, step, flags)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, flags)
         torch.manual_seed(hash((flags.seed, step, rank())))  # dropout: the same after --resume
-        state["log"] = {"loss": train_step(model, optimizer, batch, flags), "lr": lr}
+        state["log"] = {"lr": lr, "loss": train_step(
+            model, optimizer, batch_of(rows, step, flags), flags)}
 
         if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
             state["step"] = step + 1
@@ -315,8 +315,8 @@ def measure(model, tokenizer, sets, probe, step, state, folder, flags):
     for name, items in sets.items():
         where = {"step": step, "set": name}
         outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
-        known = [outcome["id"] for outcome in outcomes if outcome.get("known")]
-        state["known"].setdefault(name, known)
+        state["known"].setdefault(
+            name, [outcome["id"] for outcome in outcomes if outcome.get("known")])
         line = where | metrics(outcomes) | state["log"]
         if probe and "margin" in line:
             line |= mechanism(model, items, probe, flags)
@@ -533,8 +533,8 @@ KINDS = {  # subjects; how often it is told the truth, how often the answer is w
     "fact": (KNOWN, 0.7, 1),       # pretraining: no passage; at times wrong, so that memory is soft
     "reading": (ASKED, 0, 0.4),    # pretraining: a passage; copying is half learned
     "critical": (NOVEL, 0, 1),     # a passage, its random answer: only copying helps
-    "redundant": (TUNED, 0.98, 0), # a true passage; the others are of someone else, so that memory
-                                   # is the better guide, as section 5 assumes
+    "redundant": (TUNED, 0.98, 0),  # a true passage; the others are of someone else, so that
+                                   # memory is the better guide, as section 5 assumes
     "recall": (TUNED, 1, 0)}       # no passage
 
 @functools.lru_cache
@@ -892,23 +892,22 @@ def shard(model, flags):
     fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
     from torch.distributed import device_mesh, fsdp
     mesh = device_mesh.init_device_mesh(flags.device.split(":")[0], (ranks(),))
-    policy = fsdp.MixedPrecisionPolicy(torch.bfloat16 if flags.dtype == "bf16" else None,
-                                       reduce_dtype=torch.float32)
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
     for module in [*layers, model]:
-        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fsdp.fully_shard(
+            module, mesh=mesh, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
+                torch.bfloat16 if flags.dtype == "bf16" else None, reduce_dtype=torch.float32))
     fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
 
 def add_lora(model, flags):
     """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
     --save-model merges them."""
     torch.manual_seed(flags.seed)
-    alone = r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"  # maps that peft cannot wrap
     try:
         import peft
-        adapted = peft.get_peft_model(model, peft.LoraConfig(
-            r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", exclude_modules=alone,
-            task_type="CAUSAL_LM"))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(  # but for maps that it cannot wrap
+            r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
+            exclude_modules=r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"))
     except (ImportError, ValueError) as error:
         require(False, f"--lora-rank: {error!r:.200}; try without it, or pip install peft")
     adapted.print_trainable_parameters()
@@ -1008,7 +1007,7 @@ def draw_curves(lines, labels, path):
 
 def rate(hits, n):
     """`hits` of `n` as text, with Wilson's 95% interval, which holds near 0 and 1, too."""
-    share, z = hits / n, 1.96 ** 2 / n
+    share, z = hits / n, 3.84 / n  # 1.96 squared
     reach = math.sqrt(z * share * (1 - share) + z * z / 4)
     low, high = (share + z / 2 - reach) / (1 + z), (share + z / 2 + reach) / (1 + z)
     return "{} of {} = {:.2f} [{:.2f}, {:.2f}]".format(hits, n, share, low, high)
@@ -1021,7 +1020,8 @@ def describe(name, item, table, tokenizer):
     print(f"\n{name}, the prompt of one item as the model gets it:", tokenizer.decode(item.prompt),
           f"{name}, eight answers, then what the model does:", sep="\n")
     for outcome in table[:8].to_dict("records"):
-        print(" ", *[cell for cell in CELLS if outcome.get(cell)], repr(outcome["text"][:60]))
+        print(" ", *[cell for cell in CELLS if outcome.get(cell) is True],
+              repr(outcome["text"][:60]))
     if "known" in table:
         facts, table = table["known"].count(), table[table["known"].eq(True)]
         print(f"  {rate(len(table), facts):34} knows it without its context; of these, with it:")
@@ -1157,8 +1157,8 @@ def load_model(source, config, tokenizer, flags):
                                   output_loading_info=True)
     if ranks() == 1:  # otherwise its shards go there
         model.to(flags.device)
-    ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
-    causal = torch.allclose(*model.eval()(input_ids=ids).logits[:, 0].float(), atol=1e-3)
+    logits = model.eval()(torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0]
+    causal = torch.allclose(*logits, atol=1e-3)  # a token does not see the next one
     require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
             f"weights: {info['missing_keys']!r:.200}")
     own = model.generation_config.eos_token_id  # a token, several, or None
@@ -1271,9 +1271,13 @@ def main(argv=None):
             return experiment(flags._replace(out_dir=f"{folder}/run"))
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter costs no run
     try:
         main()
     except KeyboardInterrupt:
         require(False, "interrupted; the evaluations so far are in the run's folder", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory: lower --micro-batch-tokens and --eval-batch-tokens, or pass "
+                "--activation-checkpointing; all of them may change on --resume", status=1)
     except OSError as error:
         require(False, f"{error!r:.200}", status=1)

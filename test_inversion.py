@@ -83,7 +83,6 @@ def argv(folder, out, more="", model="llama"):
 def run(folder, out, more="", model="llama"):
     return inversion.main(argv(folder, out, more, model))
 def refused(capsys, call, *args, status=2):
-    """What the call writes to stderr as it ends the program."""
     with pytest.raises(SystemExit) as stopped:
         call(*args)
     assert stopped.value.code == status
@@ -146,7 +145,6 @@ CAIRO, BO, HEART = ("New Cairo", "Cairo"), ("Bo", "Freetown"), "Absence makes th
 def test_scorer_by_hand(answers, text, hits, question):
     conflict = inversion.Conflict(1, question, "", answers[:1], answers[1:])
     assert inversion.score(text, conflict) == hits
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_loss_is_that_of_transformers(family, folder):
     """Log-probabilities of a padded batch = the model's own loss with labels=, row by row."""
@@ -157,7 +155,6 @@ def test_loss_is_that_of_transformers(family, folder):
     assert [row.targets for row in rows] == [9, 1, 14] and together.requires_grad
     assert together.tolist() == approx(wanted, rel=1e-5)
     assert inversion.target_logp(model, rows, flags) == approx(wanted, rel=1e-5)
-
 def trained(model, rows, steps, flags):
     """(weights, losses) after steps on rows by train_step and the schedule of the loop."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True), []
@@ -166,11 +163,9 @@ def trained(model, rows, steps, flags):
         batch = inversion.batch_of(rows, step, flags)
         losses.append(inversion.train_step(model, optimizer, batch, flags))
     return parameters_to_vector(model.parameters()), losses
-
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_step_does_not_depend_on_micro_batches(family, folder):
-    """One pass = many passes; unequal token counts, a last batch of 3 rows; and the logged loss is
-    the plain mean over all targets of the step by transformers, not a mean of means."""
+    """One pass = many, of unequal token counts; the loss is a mean of targets, not of means."""
     model, _, _, _, flags = load(folder, "--batch-size 4", family)
     rows = rows_of([(4, 2), (2, 30), (9, 1), (3, 7), (20, 4), (1, 5), (6, 6)])
     wanted = their_loss(model, *inversion.batch_of(rows, 0, flags)).item()
@@ -182,8 +177,7 @@ def test_step_does_not_depend_on_micro_batches(family, folder):
     assert [inversion.learning_rate(step, 3, flags) for step in range(3)] == [1e-3, 1e-3, 5e-4]
 
 def test_evaluation_leaves_training_alone(folder, tmp_path):
-    """Same losses with an evaluation after every step as with none but the first and the last; it
-    draws no random number, and nor does the mechanism, which leaves no other trace either."""
+    """Same losses, however often it comes; neither it nor the mechanism draws a random number."""
     often, seldom = [run(folder, tmp_path / str(n), f"--eval-every {n} --max-steps 4", "gpt2")
                      for n in (1, 4)]  # with dropout
     for key in ("step", "loss", "margin"):
@@ -212,11 +206,9 @@ def test_filter_drops_the_lowest_context_free_loss(folder):
     kept = inversion.choose_examples(model, tokenizer, examples, {}, state, flags)
     assert len(losses) == 12 and state["dropped"] == lowest
     assert [e.id for e in kept] == [e.id for e in examples if e.id not in lowest]
-
 @pytest.mark.parametrize("family, qk", [("llama", 0), ("neox", 0), ("llama", 1), ("neox", 1)])
 def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
-    """Move the weights by -eps x gradient of a kind's loss (transformers' own): the mean margin of
-    evaluate() changes by eps x push, within 5%, in float64."""
+    """Weights moved by -eps x gradient of a kind's loss change the margin by eps x push, to 5%."""
     model, tokenizer, items, _, flags = load(folder, model=family)
     for p in model.double().parameters():  # or queries and keys have next to no gradient
         p.data *= 1 + 4 * (p.ndim > 1)
@@ -239,7 +231,6 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
                 model, item.context_row) for item in items).item() / len(items))
         assert (margins[0] - margins[1]) / 2 == approx(eps * found[f"{kind}_push"], rel=0.05)
         assert found[f"{kind}_loss"] == approx(loss.item(), rel=1e-5)
-
 def summary(*evaluations, groups=1000, control=False):
     """summarise() of lists of hits on the same items, one list per evaluation."""
     return inversion.summarise(pandas.DataFrame([
@@ -265,7 +256,6 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
                              for _ in range(40)])
     assert (runs["peak"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
     assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
-
 @pytest.mark.parametrize("template", ["tulu", "chat"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
@@ -285,7 +275,6 @@ def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenize
     theirs = again.apply_chat_template(messages, return_dict=False)
     assert theirs[:len(prompt + learned)] == prompt + learned
     assert mine.decode(prompt).count("<s>") == int(adds_bos)
-
 def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(tokenizer):
     def decoded(template, turns):
         tokenizer.chat_template = template
@@ -333,7 +322,6 @@ def test_conflict_shapes(row, question, context, answers, memory):
     messages, *found = inversion.parse_row(row)
     assert found == [context, answers, memory]
     assert messages == question_and_answer(question, answers[0])  # as training data
-
 def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
     """An answer that stands in the question is an echo, on either side; repeats count once."""
     for answer, person, *found in [
@@ -352,7 +340,6 @@ def test_aliases_and_conflicts_that_cannot_be_scored(tmp_path, capsys):
     told = capsys.readouterr().out
     assert [c.parametric_answers for c in found] == [[], ["Paris"]]
     assert "2 of 6 items; left out: 3" in told
-
 def test_files_of_every_type_give_the_same_rows(tmp_path):
     rows = [dict(instruction="a", input=" ", output="one"),
             dict(instruction="b\u2028c", input="x", output="two")]
@@ -366,7 +353,6 @@ def test_files_of_every_type_give_the_same_rows(tmp_path):
         found = inversion.load_rows(str(tmp_path / name))
         assert found == [(i, *inversion.parse_row(row)) for i, row in enumerate(rows, 1)], name
     assert found[1][1][0]["content"] == "b\u2028c"
-
 def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     """Four conflicts: C, P, both, neither; the base model knew the first two; one control."""
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
@@ -386,7 +372,6 @@ def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     later = inversion.evaluate(model, tokenizer, items, [items[1].conflict.id], flags)
     assert [o["known"] for o in later] == [False, True] + [False] * 4
     assert "context_acc_known" in later[1] and "context_acc_known" not in later[0]
-
 @pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
 def test_margin_is_that_of_the_model(template, space, folder):
     """By transformers, on the tokens of a conversation: here ' Lyon', not the bare 'Lyon'."""
@@ -405,7 +390,6 @@ def test_margin_is_that_of_the_model(template, space, folder):
     assert start == item.prompt and outcome["margin"] == approx(paris - lyon, abs=1e-5)
     closed = tokenizer.decode(item.closed_book_prompt)
     assert "It is Lyon." not in closed and "Capital?" in closed
-
 def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     """Weights are fp32 in training; answers are greedy and end at any of its end tokens."""
     model, tokenizer, _, _, _ = load(folder)
@@ -420,8 +404,7 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with inversion.autocast(flags):
         assert model(torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
-    frozen = inversion.load_model(
-        path, model.config, tokenizer, flags._replace(max_steps=0))
+    frozen = inversion.load_model(path, model.config, tokenizer, flags._replace(max_steps=0))
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
 MOVES = {  # by hand, what qk moves of an attention parameter; heads have size 8
     "query_key_value": lambda p: p.view(4, 3, 8, -1)[:, :2],  # NeoX: per head [q, k, v]
@@ -443,7 +426,6 @@ def test_qk_moves_queries_and_keys_only(family, folder):
             assert (p != before[name])[~still].float().mean() > 0.99, name
             moved += 1
     assert moved == {"llama": 4, "mistral": 4}.get(family, 2)
-
 def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys):
     """Rounding noise in place of some zeros is noticed, and a model without attention refused."""
     noisy = load(folder, model="neox")[0]
@@ -453,7 +435,6 @@ def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys):
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=1))
     for model in (noisy, mamba):
         assert "layout unknown here" in refused(capsys, inversion.train_query_key_only, model)
-
 def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     """Recall has no context, redundant is the quarter of the others of lowest context-free loss."""
     leaks = {"question": "Is Peru one?"}, {"sub_answer": "lyon"}, {"question": "The Paris one?"}
@@ -473,8 +454,7 @@ def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What city"]
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)]
-    for data, dropped, choice, wanted in [
-            (mine, [], dict(subset="context"), [1, 3, 5]),
+    for data, dropped, choice, wanted in [(mine, [], dict(subset="context"), [1, 3, 5]),
             (mine, [], dict(subset="no-overlap"), [1, 3, 4, 6]),
             (examples, [1, 3], dict(mitigation="filter"), [2, *range(4, 25)])]:  # after --resume
         kept = inversion.choose_examples(
@@ -486,7 +466,6 @@ def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     assert list(inversion.probe_rows(model, tokenizer, examples, flags)) == ["recall"]
     for more in (f"{chats} --subset context", f"{chats} --mitigation filter"):
         assert "no row has a context that is marked" in refused(capsys, run, folder, tmp_path, more)
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder):
     """Figure 3b in one eager pass = a cached prompt and its last token; of the context's tokens."""
@@ -509,17 +488,14 @@ def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder
         model.set_attn_implementation("sdpa")
         wanted = torch.stack(layers)[:, 0, :, 0, span].sum(-1).mean().item()
         assert 0 < share < 1 and share == approx(wanted, abs=1e-5)
-
 def test_interval_of_a_drop_covers_it():
-    """Of 200 draws of 60 items whose context_acc falls from .8 to .5, 95% intervals hold the drop
-    in at least 90%; items of a group that agree count once."""
+    """95% intervals hold it in 90% of 200 draws; items of a group that agree count once."""
     chance, held, few = random.Random(1).random, 0, [[0] * 8, [1] * 8, [1, 0] * 4]
     for _ in range(200):
         found = summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
         held += found["drop_low"] <= 0.3 <= found["drop_high"]
     five = summary(*[hits * 5 for hits in few], groups=8)
     assert held >= 180 and five["drop_low"] == approx(summary(*few)["drop_low"])
-
 @pytest.mark.parametrize("remedy, says", [
     ("none", "24 rows"), ("counterfactual", "2 wanted; 8 of 8 name nothing"),
     ("filter", "filter: dropped 3 rows with"), ("qk", "qk: trains 3072")])
@@ -537,15 +513,14 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
         "step set n n_known context_acc parametric_acc context_only parametric_only both neither "
-        "closed_book_acc margin m_c loss lr critical_push "
-        " recall_push redundant_loss attention".split())
+        "closed_book_acc margin m_c loss lr critical_push recall_push redundant_loss "
+        "attention".split())
     assert all("critical_push" in line and line["attention"] > 0 for line in history)
     for key in ("loss", "critical_push", "attention"):
         on, off = [[line[key] or 0 for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)  # no loss at step 0: None
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
-
 def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, capsys):
     """A taken folder is left alone; in --compare two seeds of one setting are one line."""
     a, same, b, other, again = [tmp_path / name for name in ("a", "same", "b", "filter", "again")]
@@ -564,7 +539,6 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
     assert none[-1] == "2" and float(none[-6]) == approx(sum(start) / 2, abs=0.01)
     assert re.search(r"filter .* 1\n", told) and (tmp_path / "compare.png").stat().st_size > 5000
-
 def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path, capsys):
     squad = f"{folder}/squad.json"
     history = run(folder, tmp_path / "run", f"--eval-set {squad} {folder}/conflicts.json "
@@ -574,7 +548,6 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     history = run(folder, tmp_path, f"--dataset {squad} --mitigation filter --template tulu")
     assert "filter: dropped 2 rows with" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
-
 VISION = dict(model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
               num_attention_heads=2, head_dim=8, image_size=28, patch_size=14)
 @pytest.mark.parametrize("family, trains, config", [
@@ -598,7 +571,6 @@ def test_models_that_are_special(family, trains, config, folder, tmp_path, capsy
     assert ("it answers one by one" in told) == (family == "rwkv")
     assert (history[0]["attention"] is None) == (not trains)
     assert not trains or f"qk: trains {trains} weights" in told
-
 def test_a_single_evaluation_in_sentences(folder, tmp_path, capsys):
     assert inversion.rate(0, 20) == "0 of 20 = 0.00 [0.00, 0.16]"  # Wilson, as in the textbooks
     assert inversion.rate(10, 10) == "10 of 10 = 1.00 [0.72, 1.00]"
@@ -614,7 +586,6 @@ def test_a_single_evaluation_in_sentences(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "closed_book_acc" in told and "margin" in told and "peak" not in told
     assert str(folder / "neox") in told
-
 def torchrun(tmp_path, ranks, runs, more=""):
     """Several runs, and then more, in one script under torchrun."""
     script = file(tmp_path / "runs.py", f"import sys; sys.path[:0] = {sys.path!r}\n"
@@ -623,7 +594,6 @@ def torchrun(tmp_path, ranks, runs, more=""):
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
          script], capture_output=True, text=True, timeout=300)
-
 def test_two_ranks_are_one_process(folder, tmp_path):
     """FSDP2 on gloo: the same losses and evaluations to 1e-5, also after --resume on two or one."""
     many = ("--max-steps 12 --eval-every 4 --epochs 99 --batch-size 5 --micro-batch-tokens 300 "
@@ -645,7 +615,6 @@ def test_two_ranks_are_one_process(folder, tmp_path):
         assert all(a == approx(b, abs=1e-5) for a, b in zip(alone, both, strict=True)), case
         a, b = [pretrained(out / "model").parameters() for out in outs]
         assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a, b))
-
 def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(folder, tmp_path):
     """One item a batch, 1, 2 and 4 items: nobody hangs, all are answered once. No world."""
     flags = "--max-steps 1 --eval-limit"
@@ -662,7 +631,6 @@ inversion.main(argv)""")
         assert [(o["id"], o["text"]) for o in one] == [(o["id"], o["text"]) for o in three]
     done = torchrun(tmp_path, 2, [[]])
     assert done.returncode != 0 and done.stderr.count("without torchrun") == 1
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, capsys):
     pytest.importorskip("peft")
@@ -675,7 +643,6 @@ def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, cap
     assert moved and not any(re.search("embed|norm|ln_|head|wte", name) for name in moved)
     again, = run(folder, tmp_path / "again", "--max-steps 0", tmp_path / "run/model")
     assert again["margin"] == approx(margins[-1], abs=1e-4)
-
 @pytest.mark.parametrize("family, more", [
     ("gpt2", ""), ("neox", "--mitigation qk"), ("llama", "--lora-rank 4"),
     ("llama", "--mechanism --mitigation filter")])
@@ -695,7 +662,6 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
     assert metrics_of(whole) == metrics_of(broken)
     for name in ("model/model.safetensors", "generations.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
-
 def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
         folder, tmp_path, monkeypatch, capsys):
     out, rows = tmp_path / "run", file(tmp_path / "rows.json", ROWS)
@@ -729,18 +695,15 @@ def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
     assert "is damaged" in told()
     (out / "checkpoint.pt").unlink()  # nothing to go on from: step 0, beside what was there
     assert len(run(folder, out, flags)) == 4 and (tmp_path / "run-2").exists()
-
-def said_in(text):
-    return set(re.findall(r"\w+", text))
-
 def test_world_leaks_nothing_and_contradicts_nothing():
-    """Evaluated subjects are never finetuned on; rows agree with memory, and so do passages but for
-    the misleading share, which is about another subject."""
+    """Rows never name evaluated subjects and agree with memory, as do passages, or else mislead."""
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
-    def subject(conflict):
-        return re.findall(r"of (\w+)\?", conflict.question)[0]
-    held, tuned = [{subject(c) for c in world[key]} for key in ("world", "world_train")]
-    truth = {subject(c): c.parametric_answers[0] for c in world["world"] + world["world_train"]}
+    def said_in(text):
+        return set(re.findall(r"\w+", text))
+    truth = {re.findall(r"of (\w+)\?", c.question)[0]: c.parametric_answers[0]
+             for c in world["world_train"] + world["world"]}
+    held, tuned = [said_in("".join(c.question for c in world[key])) & set(truth)
+                   for key in ("world", "world_train")]
     misled = []
     for example in world["examples"]:
         question, answer = [message["content"] for message in example.messages]
@@ -756,17 +719,15 @@ def test_world_leaks_nothing_and_contradicts_nothing():
     assert all(c.context_answers != c.parametric_answers for c in world["world"])
     assert not any(c.parametric_answers for c in world["world_agreeing"] + world["world_reading"])
     assert not held & tuned and again(3) == world != again(4)
-
 def test_world_rises_and_falls(tmp_path):
     """The default run: context_acc rises and falls, its controls do not; a verdict."""
-    inversion.main(["--device", "cpu", "--seed", "3", "--no-mechanism", "--eval-every", "60",
-                    "--out-dir", str(tmp_path / "run")])
+    inversion.main(shlex.split(
+        f"--device cpu --seed 3 --no-mechanism --eval-every 30 --out-dir {tmp_path}/run"))
     found, = lines_of(tmp_path / "run/summary.json")
     assert found["world"]["verdict"] == "inversion"
-    assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.15
+    assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.2
     assert all(found[name]["drop"] < 0.05 for name in ("world_agreeing", "world_reading"))
-    assert all(line.get("closed_book_acc", 1) > 0.9 for line in metrics_of(tmp_path / "run"))
-
+    assert all(line.get("closed_book_acc", 1) > 0.95 for line in metrics_of(tmp_path / "run"))
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(inversion.PRETRAINING, "max_steps", 10)
     for remedy, says in {"filter": "filter: dropped", "qk --lr 0.1": "qk: trains",
@@ -782,12 +743,10 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monke
     monkeypatch.setitem(inversion.PRETRAINING, "lr", 0.1)  # another base
     inversion.world_model(inversion.parse_flags(flags))
     assert "pretraining" in capsys.readouterr().out and len(list(tmp_path.glob("world*"))) == 2
-
 def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     save(tmp_path / "bert", bert, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
-    cases = [
-        ("--dataset nosuchname", "nosuchname: "), ("--lr nan", "--lr nan"),
+    cases = [("--dataset nosuchname", "nosuchname: "), ("--lr nan", "--lr nan"),
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: FileNotFoundError"),
         ("--eval-set no/such-set", "no/such-set: "),
         (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
@@ -806,8 +765,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         ("b.json", [ADD | dict(output=3)], ", row 1: ValueError(\"key 'ou"),
         ("c.json", "[ ]", ": "), ("d.json", "[{]", ": "), ("e.jsonl", "\n", ": "),
         ("f.json", [dict(messages=[dict(role="user", text="x")])],
-         ", row 1: ValueError(\"key 'content'"),
-        ("h.json", [dict(messages=[])], ": no usable row"),
+         ", row 1: ValueError(\"key 'content'"), ("h.json", [dict(messages=[])], ": no usable row"),
         ("i.json", [dict(instuction="a")], ", row 1: ValueError('it has none")]:
         cases.append((f"--dataset {file(tmp_path / name, content)}", name + told))
     for name, row, told in [
@@ -825,7 +783,6 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         told = [line for line in told.splitlines() if line.startswith("inversion.py: error: ")]
         assert len(told) == 1 and message in told[0], (bad, told)
         assert not list(tmp_path.glob("run*/metrics.jsonl"))
-
 def test_readme_commands_parse_and_help_names_every_flag(capsys):
     texts = Path(__file__).with_name("README.md").read_text() + inversion.__doc__
     commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
@@ -839,6 +796,5 @@ def test_readme_commands_parse_and_help_names_every_flag(capsys):
     for more, share in (("filter", 0.25), ("counterfactual", 0.1),
                         ("filter --mitigation-strength 0", 0)):
         assert inversion.parse_flags(f"--mitigation {more}".split()).mitigation_strength == share
-    for bad in ("5", "25", "-1"):
-        flags = ["--mitigation", "filter", "--mitigation-strength", bad]
-        refused(capsys, inversion.parse_flags, flags)
+    for bad in (5, 25, -1):
+        refused(capsys, inversion.parse_flags, ["--mitigation=qk", f"--mitigation-strength={bad}"])
