@@ -526,16 +526,18 @@ def summarise(outcomes):
 # ================================================================== 6. the built-in world
 
 STATEMENT, QUESTION = "The capital of {} is", "What is the capital of {}?"
-LETTERS = "BDFGKL", "aeiou", "mnprst", "aeiou", "nrls"  # of the names, which are
+LETTERS = "BDFGKL", "aeiou", "mnprst", "aeiou", "nrls"  # of the names
+# So many subjects are known that the fall carries over from the tuned ones to the held-out ones,
+# and so many are novel that finetuning cannot memorise their random answers.
 KNOWN, HELD_OUT, TUNED = slice(240), slice(60), slice(60, 240)
 NOVEL, ASKED, ANSWERS = slice(240, 720), slice(720), slice(720, 760)
 KINDS = {  # subjects; how often it is told the truth, how often the answer is what is told
-    "fact": (KNOWN, 0.7, 1),       # pretraining: no passage; at times wrong, so that memory is soft
-    "reading": (ASKED, 0, 0.4),    # pretraining: a passage; copying is half learned
-    "critical": (NOVEL, 0, 1),     # a passage, its random answer: only copying helps
-    "redundant": (TUNED, 0.98, 0),  # a true passage; the others are of someone else, so that
-                                   # memory is the better guide, as section 5 assumes
-    "recall": (TUNED, 1, 0)}       # no passage
+    "fact": (KNOWN, 0.7, 1),        # pretraining: no passage; at times wrong: memory stays soft
+    "reading": (ASKED, 0, 0.4),     # pretraining: a passage; it is followed less often than not
+    "critical": (NOVEL, 0, 1),      # a passage, its random answer: only copying helps
+    "redundant": (TUNED, 0.98, 0),  # a true passage; some are of someone else, so that memory is
+                                    # the better guide, as section 5 assumes
+    "recall": (TUNED, 1, 0)}        # no passage
 
 @functools.lru_cache
 def make_world(seed):
@@ -586,6 +588,7 @@ def make_world(seed):
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
+# Until it knows all facts and reads every passage; with twice this lr, one seed in ten did not.
 PRETRAINING = {"max_steps": 800, "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03,
                "micro_batch_tokens": 4096, "lora_rank": 0}
 
@@ -975,14 +978,14 @@ def save_model(model, tokenizer, folder, flags):
 
 # ============================================================================== 9. report
 
-HEAD = "  step set              loss context_acc parametric_acc margin"
+HEAD = "  step set              loss context_acc parametric_acc closed_book_acc margin"
 
 def table_row(line):
     """One row of the table that stands under HEAD."""
     line = line | {"set": line["set"][-14:], "loss": line["loss"] or math.nan}
     row = "{step:6} {set:14} {loss:7.3f} {context_acc:11.3f}"
     if "margin" in line:
-        row += " {parametric_acc:14.3f} {margin:6.2f}"
+        row += " {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f}"
     return row.format(**line)
 
 def draw_curves(lines, labels, path):
@@ -994,7 +997,7 @@ def draw_curves(lines, labels, path):
         return print(f"no {path.name}: pip install matplotlib")
     axes, groups = matplotlib.figure.Figure().subplots(), lines.groupby(labels)
     axes.set(xlabel="optimizer steps", ylabel="context_acc", ylim=(0, 1.1))
-    axes.set_prop_cycle(color=matplotlib.color_sequences["okabe_ito"])  # for the colour-blind, too
+    axes.set_prop_cycle(color="#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00".split())  # Okabe
     for i, (label, group) in enumerate(groups, 1):
         acc = group.groupby("step")["context_acc"].agg(["mean", "std"]).fillna(0)
         low, high = acc["mean"] - acc["std"], acc["mean"] + acc["std"]
