@@ -1004,7 +1004,8 @@ def draw_curves(lines, labels, path):
         curve, = axes.plot(acc["mean"])
         axes.fill_between(acc.index, low, high, alpha=0.15)
         place = acc.iloc[len(acc) * i // (len(groups) + 1)]  # labels stand at different steps
-        axes.text(place.name, place["mean"] + 0.02, ", ".join(label), color=curve.get_color())
+        axes.text(place.name, place["mean"] + 0.02, ", ".join(label).replace(", None", ""),
+                  color=curve.get_color())
     axes.figure.savefig(path, dpi=150)
     print(f"curves in {path}")
 
