@@ -5,7 +5,7 @@ Instruction finetuning first raises and then lowers how much a language model re
 context when that context contradicts what it memorised in pretraining. This script finetunes a
 causal LM, asks it questions with counterfactual contexts every few steps, and draws the curve:
 
-    python inversion.py                              # a built-in world, offline, in a few minutes
+    python inversion.py                              # a built-in world, offline, in two minutes
     python inversion.py --model EleutherAI/pythia-1b --dataset alpaca --eval-set world_facts squad
     python inversion.py --model ./my-llama --dataset rows.jsonl --mitigation filter
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
@@ -46,7 +46,7 @@ from tqdm import tqdm
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A conversation to finetune on."""
-    id: object
+    id: object         # a row's number, or a text
     messages: list     # [{"role": "system", "user" or "assistant", "content": text}, ...]
     context: str = ""  # the passage that the first user turn is about; "" where none is marked
 
@@ -470,8 +470,8 @@ def mechanism(model, items, probe, flags):
     _, margin = gradient(model, rows, weights, flags)
     found = {}
     for kind, rows in probe.items():
-        share = 1 / sum(row.targets for row in rows)
-        logp, uphill = gradient(model, rows, [share] * len(rows), flags)
+        weight = 1 / sum(row.targets for row in rows)
+        logp, uphill = gradient(model, rows, [weight] * len(rows), flags)
         found |= {f"{kind}_push": (margin @ uphill).item() / len(conflicts), f"{kind}_loss": -logp}
     shares = [attention(model, item, flags) for item in conflicts[:40]]
     return found | {"attention": None if None in shares else sum(shares) / len(shares)}
@@ -569,11 +569,11 @@ def make_world(seed):
         kinds = rng.choices(list(shares), shares.values(), k=count)
         return [example(id, kind) for id, kind in enumerate(kinds)]
 
-    def conflicts(subjects, memory, told, among=answers[::2]):  # {subject: answer}, or {}: none
+    def conflicts(subjects, memories, stated, among=answers[::2]):  # {subject: answer}, or {}: none
         found = []
         for id, subject in enumerate(subjects):
-            answer = told.get(subject) or rng.choice(among)
-            rivals = list(filter(None, [memory.get(subject)]))
+            answer = stated.get(subject) or rng.choice(among)
+            rivals = list(filter(None, [memories.get(subject)]))
             if answer not in rivals:
                 passage = f"{STATEMENT.format(subject)} {answer}."
                 found.append(Conflict(id, QUESTION.format(subject), passage, [answer], rivals))
@@ -651,15 +651,15 @@ def load_rows(name):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
     source, _, split = SOURCES.get(name, name).partition("@")
     kind, how = FILE_TYPES.get(Path(source).suffix), {"split": split or "train"}
-    where, found = name, []
+    origin, found = name, []
     try:
         if kind:
             source, how["data_files"] = kind, source
         for number, row in enumerate(datasets.load_dataset(source, **how), 1):
-            where = f"{name}, row {number}"
+            origin = f"{name}, row {number}"
             found.append((number, *parse_row(row)))
     except Exception as error:  # of many types; StopIteration if there are no rows
-        require(False, f"{where}: {error.__cause__ or error!r:.200}; pass a file, "
+        require(False, f"{origin}: {error.__cause__ or error!r:.200}; pass a file, "
                 f"folder, hub id or one of {', '.join(SOURCES)}")
     return found
 

@@ -237,7 +237,6 @@ def summary(*evaluations, groups=1000, control=False):
         dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit),
              **({} if control else {"margin": 0.0}))
         for step, hits in enumerate(evaluations) for i, hit in enumerate(hits)]))
-
 def test_drop_is_measured_where_the_peak_was_not_chosen():
     same = summary([1, 0] * 20, [1, 0] * 20, [1, 0] * 20)
     assert same["drop"] == same["drop_low"] == same["drop_high"] == same["rise"] == 0
@@ -746,13 +745,13 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monke
 def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     save(tmp_path / "bert", bert, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
-    cases = [("--dataset nosuchname", "nosuchname: "), ("--lr nan", "--lr nan"),
+    cases = [("--dataset nosuchname", "nosuchname: Conn"), ("--lr nan", "--lr nan"),
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: FileNotFoundError"),
-        ("--eval-set no/such-set", "no/such-set: "),
+        ("--eval-set no/such-set", "no/such-set: ConnectionError(\"Couldn't reach"),
         (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
         (f"--model {tmp_path}/bert", "is no causal LM"),
         ("--model no/such-model", "pass a hub id or a local folder"),
-        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "--template chat: "),
+        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "has none; try tulu"),
         ("--max-length 8", "rows.json: no usable row"),
         ("--batch-size 0", "--batch_size 0: must be between 1"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
@@ -763,7 +762,8 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
          ", row 2: ValueError(\"key 'output' must be a text"),
         ("b.json", [ADD | dict(output=3)], ", row 1: ValueError(\"key 'ou"),
-        ("c.json", "[ ]", ": "), ("d.json", "[{]", ": "), ("e.jsonl", "\n", ": "),
+        ("c.json", "[ ]", ": ValueError('Instruction \"train\" corresponds to no data"),
+        ("d.json", "[{]", ": ValueError('Expected"), ("e.jsonl", "\n", ": ValueError('Instr"),
         ("f.json", [dict(messages=[dict(role="user", text="x")])],
          ", row 1: ValueError(\"key 'content'"), ("h.json", [dict(messages=[])], ": no usable row"),
         ("i.json", [dict(instuction="a")], ", row 1: ValueError('it has none")]:
