@@ -26,17 +26,18 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import unicodedata
 import zipfile
 from pathlib import Path
 
+import filelock
 import pandas
 import tokenizers
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,7 +79,7 @@ class Item:
     prompt: list              # token ids of the context and the question
     closed_book_prompt: list  # of the question alone
     context_row: Row          # the prompt, then the context's answer
-    parametric_row: Row       # the prompt, then the memorised answer; None for a control
+    parametric_row: Row = None  # the prompt, then the memorised answer; None for a control
 
 # ================================================================ 1. what is measured (section 3)
 
@@ -119,19 +120,21 @@ def question_and_answer(question, answer):
 
 def to_row(id, parts):
     """The Row of [(token ids, supervised), ...]."""
-    ids = [token for part, _ in parts for token in part]
-    labels = [token if supervised else -100 for part, supervised in parts for token in part]
+    ids, labels = [], []
+    for part, supervised in parts:
+        ids += part
+        labels += part if supervised else [-100] * len(part)
     return Row(id, *torch.tensor([ids, labels], dtype=torch.int32))
 
 def to_item(conflict, tokenizer):
     """The Item of a Conflict. Its prompt is what precedes the answer in a conversation: the same
     ids as in training, by construction."""
-    rows = [None, None]
-    for i, answers in enumerate((conflict.context_answers, conflict.parametric_answers)):
+    rows = []
+    for answers in (conflict.context_answers, conflict.parametric_answers):
         if answers:
             messages = question_and_answer(conflict.question, answers[0])
             (prompt, _), (answer, _) = tokenize(messages, tokenizer, conflict.context)
-            rows[i] = to_row(conflict.id, [(prompt, False), (answer[:-1], True)])  # no end of turn
+            rows.append(to_row(conflict.id, [(prompt, False), (answer[:-1], True)]))  # no end
     closed_book_prompt = tokenize(messages, tokenizer)[0][0]
     return Item(conflict, prompt, closed_book_prompt, *rows)
 
@@ -167,31 +170,32 @@ def evaluate(model, tokenizer, items, known, flags):
 
     Draws no random number: training goes on as if nobody had asked."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
-    conflicts = [item for item in items if item.parametric_row]
+    outcomes = {}
     texts = generate(model, tokenizer, [item.prompt for item in items], flags)
-    of_conflicts = zip(
-        generate(model, tokenizer, [item.closed_book_prompt for item in conflicts], flags),
-        target_logp(model, [item.context_row for item in conflicts], flags),
-        target_logp(model, [item.parametric_row for item in conflicts], flags))
-    outcomes = []
     for item, text in zip(items, texts):
-        hits = score(text, item.conflict)
-        outcomes.append({"id": item.conflict.id, "group": item.conflict.question, "text": text,
-                         "context_acc": hits[0]})
-        if not item.parametric_row:
-            continue
-        closed_book_text, context_logp, parametric_logp = next(of_conflicts)
+        outcomes[item.conflict.id] = {
+            "id": item.conflict.id, "group": item.conflict.question, "text": text,
+            "context_acc": score(text, item.conflict)[0]}
+    conflicts = [item for item in items if item.parametric_row]  # the others are controls
+    closed_book_texts = generate(
+        model, tokenizer, [item.closed_book_prompt for item in conflicts], flags)
+    context_logps = target_logp(model, [item.context_row for item in conflicts], flags)
+    parametric_logps = target_logp(model, [item.parametric_row for item in conflicts], flags)
+    for item, closed_book_text, context_logp, parametric_logp in zip(
+            conflicts, closed_book_texts, context_logps, parametric_logps):
+        outcome = outcomes[item.conflict.id]
+        hits = score(outcome["text"], item.conflict)
         closed_book_hit = score(closed_book_text, item.conflict)[1]
-        outcomes[-1] |= {
+        outcome |= {
             "parametric_acc": hits[1], **{cell: hits == case for cell, case in CELLS.items()},
             "closed_book_text": closed_book_text, "closed_book_acc": closed_book_hit,
             "margin": context_logp / item.context_row.targets
             - parametric_logp / item.parametric_row.targets,
             "m_c": torch.tensor(context_logp - parametric_logp).sigmoid().item(),
             "known": closed_book_hit if known is None else item.conflict.id in known}
-        if outcomes[-1]["known"]:
-            outcomes[-1] |= {"context_acc_known": hits[0], "parametric_acc_known": hits[1]}
-    return outcomes
+        if outcome["known"]:
+            outcome |= {"context_acc_known": hits[0], "parametric_acc_known": hits[1]}
+    return list(outcomes.values())
 
 def metrics(outcomes):
     """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
@@ -263,8 +267,7 @@ def train_step(model, optimizer, batch, flags):
         loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * real
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
         step_loss += loss.detach()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     if ranks() > 1:
         norm = norm.full_tensor()
         dist.all_reduce(step_loss)
@@ -294,7 +297,7 @@ def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flag
     optimizer = torch.optim.AdamW(trained, weight_decay=0, fused=True)
     if state["step"]:
         restore(model, optimizer, saved)
-    for step in tqdm(range(state["step"], total + 1), disable=rank() > 0 or None):
+    for step in tqdm(range(state["step"], total + 1), disable=None):
         if step % flags.eval_every == 0 or step == total:
             measure(model, tokenizer, sets, probe, step, state, folder, flags)
         if step == total:
@@ -318,6 +321,9 @@ def measure(model, tokenizer, sets, probe, step, state, folder, flags):
         state["known"].setdefault(
             name, [outcome["id"] for outcome in outcomes if outcome.get("known")])
         line = where | metrics(outcomes) | state["log"]
+        if step == 0 and line.get("closed_book_acc", 1) < 0.95:
+            tqdm.write(f"{name}: without its context the model knows {line['closed_book_acc']:.0%};"
+                       " the rest is no conflict, and metrics.jsonl has rates without it")
         if probe and "margin" in line:
             line |= mechanism(model, items, probe, flags)
         state["history"].append(line)
@@ -371,10 +377,9 @@ def naming_examples(examples, sets):
 def choose_examples(model, tokenizer, examples, sets, state, flags):
     """The examples to train on: what --subset and --mitigation leave of them, or add to them. The
     choice of filter is kept in `state`, so that a resumed run does not choose anew."""
-    without = {example.id for example in examples if not example.context}
-    require(len(without) < len(examples) or flags.subset != "context" and flags.mitigation !=
-            "filter", f"{flags.dataset}: no row has a context that is marked as one, as in chats")
-    drop = without if flags.subset == "context" else set()
+    drop = set()
+    if flags.subset == "context":
+        drop = {example.id for example in examples if not example.context}
     if flags.subset == "no-overlap":
         drop = naming_examples(examples, sets)
     print(f"subset: dropped {len(drop)} of {len(examples)} rows")
@@ -385,8 +390,9 @@ def choose_examples(model, tokenizer, examples, sets, state, flags):
     if flags.mitigation == "filter":  # section 4.4
         state["dropped"] = state["dropped"] or redundant_examples(
             model, tokenizer, examples, flags.mitigation_strength, flags)
-        drop = set(state["dropped"])
-        print(f"filter: dropped {len(drop)} rows with a redundant context")
+        print(f"filter: dropped {len(state['dropped'])} rows with a redundant context")
+        require(state["dropped"], "--mitigation filter: no usable row, chats mark no context")
+    drop = set(state["dropped"])
     return [example for example in examples if example.id not in drop]
 
 def train_query_key_only(model):
@@ -527,81 +533,80 @@ def summarise(outcomes):
 
 STATEMENT, QUESTION = "The capital of {} is", "What is the capital of {}?"
 LETTERS = "BDFGKL", "aeiou", "mnprst", "aeiou", "nrls"  # of the names
-# So many subjects are known that the fall carries over from the tuned ones to the held-out ones,
-# and so many are novel that finetuning cannot memorise their random answers.
-KNOWN, HELD_OUT, TUNED = slice(240), slice(60), slice(60, 240)
-NOVEL, ASKED, ANSWERS = slice(240, 720), slice(720), slice(720, 760)
-KINDS = {  # subjects; how often it is told the truth, how often the answer is what is told
-    "fact": (KNOWN, 0.7, 1),        # pretraining: no passage; at times wrong: memory stays soft
-    "reading": (ASKED, 0, 0.4),     # pretraining: a passage; it is followed less often than not
-    "critical": (NOVEL, 0, 1),      # a passage, its random answer: only copying helps
-    "redundant": (TUNED, 0.98, 0),  # a true passage; some are of someone else, so that memory is
-                                    # the better guide, as section 5 assumes
-    "recall": (TUNED, 1, 0)}        # no passage
 
 @functools.lru_cache
 def make_world(seed):
-    """Made-up capitals and all that is said of them: {documents: Examples to pretrain on, examples:
-    Examples to finetune on, and the name of each set: Conflicts}.
+    """Made-up capitals and all that is said of them, as rows like those of files: {"documents": to
+    pretrain on, "rows": to finetune on, and the name of each set: conflicts or a control}.
 
     Known subjects have one true capital. Three in four, the tuned ones, occur in finetuning, the
     others only in the evaluation, as does every other capital: so --subset no-overlap has rows."""
     rng = random.Random(f"world {seed}")
     names = ["".join(name) for name in itertools.product(*LETTERS)]
     rng.shuffle(names)
-    held_out, tuned, answers = names[HELD_OUT], names[TUNED], names[ANSWERS]
-    truth = {subject: rng.choice(answers[::2]) for subject in held_out}
-    truth |= {subject: rng.choice(answers) for subject in tuned}
+    # So many subjects are known that the fall carries over from the tuned ones to the held-out
+    # ones, and so many are novel that finetuning cannot memorise their random answers.
+    held_out, tuned, novel, answers = names[:60], names[60:240], names[240:720], names[720:760]
+    truth = {name: rng.choice(answers[::2]) for name in held_out}
+    truth |= {name: rng.choice(answers) for name in tuned}
+    kinds = {  # subjects; how often it is told the truth, how often the answer is what is told
+        "fact": (held_out + tuned, 0.7, 1),  # no passage; at times wrong: memory stays soft
+        "reading": (names[:720], 0, 0.4),  # a passage; it is followed less often than not
+        "critical": (novel, 0, 1),  # a passage, its random answer: only copying helps
+        "redundant": (tuned, 0.98, 0),  # a true passage; a few are of someone else, so that memory
+        "recall": (tuned, 1, 0)}  # is the better guide, as section 5 assumes; recall: no passage
 
-    def example(id, kind):
-        subjects, tells_truth, follows = KINDS[kind]
-        subject = about = rng.choice(names[subjects])
-        memory = truth.get(subject) or rng.choice(answers)
-        told = memory if rng.random() < tells_truth else rng.choice(answers)
-        answer = told if rng.random() < follows else memory
-        if kind == "redundant" and told != memory:
-            about = rng.choice(tuned)
-        question = rng.choice([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
-        context = "" if kind in ("fact", "recall") else f"{STATEMENT.format(about)} {told}."
-        return Example(id, question_and_answer(question.format(subject), answer), context)
+    def rows(count, **shares):
+        drawn = rng.choices(list(shares), shares.values(), k=count)
+        return [world_row(kind, *kinds[kind], truth, answers, rng) for kind in drawn]
 
-    def examples(count, **shares):
-        kinds = rng.choices(list(shares), shares.values(), k=count)
-        return [example(id, kind) for id, kind in enumerate(kinds)]
+    def conflict(name, told, memory=""):  # without a memory: a control
+        return {"question": QUESTION.format(name), "answer": told, "memory_answer": memory,
+                "context": f"{STATEMENT.format(name)} {told}."}
 
-    def conflicts(subjects, memories, stated, among=answers[::2]):  # {subject: answer}, or {}: none
-        found = []
-        for id, subject in enumerate(subjects):
-            answer = stated.get(subject) or rng.choice(among)
-            rivals = list(filter(None, [memories.get(subject)]))
-            if answer not in rivals:
-                passage = f"{STATEMENT.format(subject)} {answer}."
-                found.append(Conflict(id, QUESTION.format(subject), passage, [answer], rivals))
-        return found
+    return {
+        "documents": rows(51_200, fact=1, reading=1),
+        "rows": rows(20_000, critical=6, redundant=3, recall=1),
+        "world": [conflict(name, rng.choice(answers[::2]), truth[name]) for name in held_out * 2],
+        "world_agreeing": [conflict(name, truth[name]) for name in held_out],
+        "world_reading": [conflict(name, rng.choice(answers[::2])) for name in novel[:60]],
+        "world_train": [conflict(name, rng.choice(answers[1::2]), truth[name])
+                        for name in tuned * 12]}
 
-    return {"documents": examples(51_200, fact=1, reading=1),
-            "examples": examples(20_000, critical=6, redundant=3, recall=1),
-            "world": conflicts(held_out * 2, truth, {}),
-            "world_agreeing": conflicts(held_out, {}, truth),
-            "world_reading": conflicts(names[NOVEL][:60], {}, {}),
-            "world_train": conflicts(tuned * 12, truth, {}, answers[1::2])}
+def world_row(kind, subjects, tells_truth, follows, truth, answers, rng):
+    """A random row of a kind; its numbers are explained above."""
+    subject = about = rng.choice(subjects)
+    memory = truth.get(subject) or rng.choice(answers)
+    told = memory if rng.random() < tells_truth else rng.choice(answers)
+    answer = told if rng.random() < follows else memory
+    if kind == "redundant" and told != memory:
+        about = rng.choice(subjects)
+    question = rng.choice([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
+    context = "" if kind in ("fact", "recall") else f"{STATEMENT.format(about)} {told}."
+    return {"instruction": question.format(subject), "input": context, "output": answer}
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
 # Until it knows all facts and reads every passage; with twice this lr, one seed in ten did not.
-PRETRAINING = {"max_steps": 800, "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03,
-               "micro_batch_tokens": 4096, "lora_rank": 0}
+PRETRAINING = {"dataset": "documents", "num_examples": None, "max_steps": 800, "batch_size": 64,
+               "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096, "lora_rank": 0}
 
 def world_model(flags):
-    """Folder of the world's base model, a one-layer Llama as in the paper's theory: from an earlier
-    run or made now, with the step that finetunes."""
-    documents, base = make_world(flags.seed)["documents"], flags._replace(**PRETRAINING)
-    key = repr([documents, PRETRAINING, flags.device, torch.__version__])
+    """Folder of the world's base model: from an earlier run, from one that is making it at this
+    moment, or made now."""
+    key = repr([make_world(flags.seed), PRETRAINING, flags.device, torch.__version__])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
-    if folder.exists():
-        return folder
-    print(f"pretraining the world's base model, once; it is kept in {folder}")
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            print(f"pretraining the world's base model, once; it is kept in {folder}")
+            pretrain(folder, flags._replace(**PRETRAINING))
+    return folder
+
+def pretrain(folder, flags):
+    """Make the world's base model, a one-layer Llama as in the paper's theory, by the step that
+    finetunes."""
+    documents = load_examples(flags)
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     splitter.train_from_iterator(
@@ -609,20 +614,16 @@ def world_model(flags):
         tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
-    rows, _ = encode(documents, tokenizer, base)
+    rows, _ = encode(documents, tokenizer, flags)
     torch.manual_seed(flags.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
         num_attention_heads=4, bos_token_id=0, eos_token_id=1)).to(flags.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
-    for step in tqdm(range(base.max_steps), "pretraining", leave=False, disable=None):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, base.max_steps, base)
-        train_step(model, optimizer, batch_of(rows, step, base), base)
-    new = Path(f"{folder}-{os.getpid()}")
-    save_model(model, tokenizer, new, base)
-    with contextlib.suppress(OSError):  # another run was faster
-        new.rename(folder)
-    return folder
+    for step in tqdm(range(flags.max_steps), "pretraining", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, flags.max_steps, flags)
+        train_step(model, optimizer, batch_of(rows, step, flags), flags)
+    save_model(model, tokenizer, folder, flags)
 
 # ================================================================================== 7. data
 
@@ -639,28 +640,35 @@ FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "par
 def require(holds, message, status=2):
     """Go on if `holds`; else end with one line on stderr: status 2 for bad input, 1 afterwards."""
     if not holds:
-        if rank() == 0:  # all ranks fail alike: told once
-            print(f"inversion.py: error: {message}", file=sys.stderr)
+        print(f"inversion.py: error: {message}", file=sys.stderr)
         raise SystemExit(status)
 
-def load_rows(name):
+@contextlib.contextmanager
+def told(what, status=2):
+    """Any failure inside ends with one line: `what`, and the error."""
+    try:
+        yield
+    except Exception as error:  # of many types
+        require(False, f"{what} ({error.__cause__ or error!r:.200})", status)
+
+def load_rows(name, flags):
     """[(row number, *parse_row)] of a short name, file, folder or hub id; ID@SPLIT picks a split
     other than train. Exits with one line that names set, row and key."""
-    import datasets  # 0.8 s: only when rows are loaded
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once, below
-    source, _, split = SOURCES.get(name, name).partition("@")
-    kind, how = FILE_TYPES.get(Path(source).suffix), {"split": split or "train"}
-    origin, found = name, []
-    try:
+    rows = make_world(flags.seed).get(name) if flags.model == "world" else None
+    if rows is None:
+        source, _, split = SOURCES.get(name, name).partition("@")
+        kind, how = FILE_TYPES.get(Path(source).suffix), {"split": split or "train"}
         if kind:
             source, how["data_files"] = kind, source
-        for number, row in enumerate(datasets.load_dataset(source, **how), 1):
-            origin = f"{name}, row {number}"
+        with told(f"{name}: pass a file, folder, hub id or one of {', '.join(SOURCES)}"):
+            import datasets  # 0.8 s: only when rows are loaded
+            datasets.disable_progress_bars()
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once
+            rows = list(datasets.load_dataset(source, **how))
+    found = []
+    for number, row in enumerate(rows, 1):
+        with told(f"{name}, row {number}"):
             found.append((number, *parse_row(row)))
-    except Exception as error:  # of many types; StopIteration if there are no rows
-        require(False, f"{origin}: {error.__cause__ or error!r:.200}; pass a file, "
-                f"folder, hub id or one of {', '.join(SOURCES)}")
     return found
 
 SHAPES = {  # a key that tells the shape: the keys of question, context, answers, memorised answers
@@ -710,7 +718,7 @@ def aliases(answers, person):
     found = []
     for answer in answers:
         parts = re.split(r"; | or ", answer) if re.search("[;(]", answer) else [answer]
-        names = [re.sub(r" *\([^()]*\)", "", part) for part in parts]
+        names = [re.sub(r" ?\([^()]*\)", "", part) for part in parts]
         last = re.findall(r"(?<!\bthe) (\S{3,})$", answer) if person else []  # Catherine the Great
         found += names + [name.split(", ")[0] for name in names]
         found += re.findall(r"\(([A-Z][^()]*)\)", answer) + last
@@ -725,12 +733,9 @@ def scorable(answers, rivals, question):
 
 def load_conflicts(name, flags):
     """The Conflicts of a set; what cannot be scored is dropped and counted."""
-    world = make_world(flags.seed) if flags.model == "world" else {}
-    if name in world:
-        return world[name]
-    rows, found, unscorable = load_rows(name), {}, 0
+    rows, found, unscorable = load_rows(name, flags), {}, 0
     for id, messages, context, answers, memory in rows:
-        question = messages[0]["content"]
+        question = messages[0]["content"] if answers else ""  # a chat has none
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
         key = (context, question, *answers)
         if not context or not mine or plain(answers[0]) in map(plain, memory):
@@ -743,10 +748,7 @@ def load_conflicts(name, flags):
 
 def load_examples(flags):
     """The Examples of --dataset; ids count the source's rows from 1."""
-    if flags.dataset == "world":
-        examples = make_world(flags.seed)["examples"]
-    else:
-        examples = [Example(*found[:3]) for found in load_rows(flags.dataset)]
+    examples = [Example(*found[:3]) for found in load_rows(flags.dataset, flags)]
     return draw(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
 
 TULU = (  # the template of the paper's framework
@@ -759,8 +761,7 @@ def set_template(tokenizer, flags):
     """Settle --template by giving the tokenizer its chat_template: from here on all parts render
     with the tokenizer alone, and a saved model carries what it was trained with."""
     template = TULU
-    if flags.template == "chat" or flags.template == "auto" and tokenizer.chat_template:
-        require(tokenizer.chat_template, f"--template chat: {flags.model} has none; try tulu")
+    if flags.template == "auto" and tokenizer.chat_template:
         template = tokenizer.get_chat_template()
     tokenizer.chat_template = re.sub(  # a date of today would make other prompts tomorrow
         r"strftime_now\([^)]*\)", "'1 January 2025'", template)
@@ -799,10 +800,11 @@ def answer_place(turns, tokenizer):
             prompt = opening
     return prompt, end[0] if end else tokenizer.eos_token
 
-def render(messages, tokenizer, context=""):
+def render(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the tokenizer's chat template as [(text, supervised), ...], or the reason
     (a text) why it has none. Supervised: the answers, each with the one token that ends its turn;
-    what the template writes before them, an empty think block say, is prompt."""
+    what the template writes before them, an empty think block say, is prompt. Each answer costs a
+    rendering of all before it, so a chat of thousands of turns ends beyond `max_length` tokens."""
     turns = list(messages)
     if context:
         turns[0] = turns[0] | {"content": f"{context}\n\n{turns[0]['content']}"}
@@ -817,6 +819,8 @@ def render(messages, tokenizer, context=""):
                 answer = prompt[len(bare):] + turn["content"] + end
                 parts += [(bare[len(done):], False), (answer, True)]
                 done = bare + answer
+                if i % 100 == 99 and len(tokenizer(done).input_ids) > max_length:
+                    break
     except Exception as error:  # jinja raises nearly anything
         if messages[0]["role"] == "system" and len(messages) > 1:  # refused, perhaps: fold it
             content = f"{messages[0]['content']}\n\n{messages[1]['content']}"  # into the next turn
@@ -842,7 +846,7 @@ def encode(examples, tokenizer, flags):
     for start in tqdm(range(0, len(examples), 1000), "tokenise", leave=False, disable=None):
         rendered = []
         for example in examples[start:start + 1000]:
-            parts = render(example.messages, tokenizer, example.context)
+            parts = render(example.messages, tokenizer, example.context, flags.max_length)
             if isinstance(parts, str):
                 notes[f"dropped: {parts}"] += 1
             else:
@@ -880,14 +884,14 @@ def in_batches(work, lengths, budget):
     order, on every rank. Batches hold similar lengths; each rank works on its share."""
     results = {}
     shares = list(deal(micro_batches(lengths, budget)))
-    for indices, real in tqdm(shares, "batches", leave=False, disable=rank() > 0 or None):
+    for indices, real in tqdm(shares, "batches", leave=False, disable=None):
         found = work(indices)
         if real:
             results |= zip(indices, found)
     if ranks() > 1:
-        shares = [None] * ranks()
-        dist.all_gather_object(shares, results)
-        results = dict(collections.ChainMap(*shares))
+        of_ranks = [None] * ranks()
+        dist.all_gather_object(of_ranks, results)
+        results = dict(collections.ChainMap(*of_ranks))
     return [results[i] for i in range(len(lengths))]
 
 def shard(model, flags):
@@ -906,53 +910,46 @@ def add_lora(model, flags):
     """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
     --save-model merges them."""
     torch.manual_seed(flags.seed)
-    try:
+    with told("--lora-rank: try without it, or pip install peft"):
         import peft
         adapted = peft.get_peft_model(model, peft.LoraConfig(  # but for maps that it cannot wrap
             r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
             exclude_modules=r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"))
-    except (ImportError, ValueError) as error:
-        require(False, f"--lora-rank: {error!r:.200}; try without it, or pip install peft")
     adapted.print_trainable_parameters()
     return adapted
 
 def write(path, save):
-    """A file, whole or not at all: save(file) fills one beside it, renamed when it is complete."""
+    """A file or folder, whole or not at all: save(new) makes it beside `path`; then it moves."""
     new = Path(f"{path}.new")
-    try:
-        with open(new, "wb") as file:
-            save(file)
+    with told(f"{path}: cannot be written, is the disk full? What was there before is kept", 1):
+        save(new)
+        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be replaced, a file can
         new.replace(path)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
-        new.unlink(missing_ok=True)
-        require(False, f"{path}: cannot be written: {error.__context__ or error!r:.200}; what was "
-                "there before is kept", status=1)
 
 def write_lines(path, lines):
     """A JSONL file of dicts."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write(path, lambda file: file.write(text.encode()))
+    write(path, lambda new: new.write_bytes(text.encode()))
 
 WHOLE = dict(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 def save_checkpoint(model, optimizer, state, folder):
     """Replace checkpoint.pt by the state, trained weights and optimizer, unsharded: any number of
     ranks can go on from it. The order of the rows and dropout follow from seed and step."""
+    import torch.distributed.checkpoint.state_dict as dcp  # 0.5 s: only when needed
     weights = dcp.get_state_dict(model, optimizer, options=dcp.StateDictOptions(**WHOLE))
-    write(folder / "checkpoint.pt", lambda file: torch.save([state, *weights], file))
+    write(folder / "checkpoint.pt", lambda new: torch.save([state, *weights], new))
 
 def load_state(folder):
     """(state, weights, optimizer) that a run goes on from: with --resume those of checkpoint.pt,
     else of step 0. The state is what the run adds to: the steps done, the metrics and outcomes so
     far, what the first evaluation knew and filter dropped."""
-    saved = [{"step": 0, "log": {"loss": None, "lr": None}, "known": {},
+    saved = [{"step": 0, "log": {"loss": None}, "known": {},
               "history": [], "outcomes": [], "dropped": [], "run": None}, {}, {}]
     path = folder / "checkpoint.pt"
     if path.exists():
-        try:
+        with told(f"{path}: is damaged; without it --resume starts anew"):
             require(not zipfile.ZipFile(path).testzip(), f"{path}: has a part with flipped bits")
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # of many types
-            require(False, f"{path}: is damaged ({error!r:.200}); without it --resume starts anew")
         print(f"{path}: going on after step {saved[0]['step']}")
     if ranks() > 1:  # rank 0 alone has the folder; restore() hands out the weights
         state = saved[:1]
@@ -963,18 +960,24 @@ def load_state(folder):
 def restore(model, optimizer, saved):
     """Move a checkpoint's weights and optimizer out of `saved`, which would keep their memory, and
     in place, from rank 0 to all."""
+    import torch.distributed.checkpoint.state_dict as dcp
     how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
     dcp.set_model_state_dict(model, saved.pop(0), options=how)  # set_state_dict does both, and
     dcp.set_optimizer_state_dict(model, optimizer, saved.pop(0), options=how)  # hangs elsewhere
 
 def save_model(model, tokenizer, folder, flags):
     """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
+    import torch.distributed.checkpoint.state_dict as dcp
     model = model.merge_and_unload() if flags.lora_rank else model
     how = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=how) if ranks() > 1 else None
+
+    def save(new):
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
+
     if rank() == 0:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
+        write(folder, save)
 
 # ============================================================================== 9. report
 
@@ -1006,15 +1009,15 @@ def draw_curves(lines, labels, path):
         place = acc.iloc[len(acc) * i // (len(groups) + 1)]  # labels stand at different steps
         axes.text(place.name, place["mean"] + 0.02, ", ".join(label).replace(", None", ""),
                   color=curve.get_color())
-    axes.figure.savefig(path, dpi=150)
+    write(path, lambda new: axes.figure.savefig(new, dpi=150, format="png"))
     print(f"curves in {path}")
 
 def rate(hits, n):
     """`hits` of `n` as text, with Wilson's 95% interval, which holds near 0 and 1, too."""
     share, z = hits / n, 3.84 / n  # 1.96 squared
-    reach = math.sqrt(z * share * (1 - share) + z * z / 4)
-    low, high = (share + z / 2 - reach) / (1 + z), (share + z / 2 + reach) / (1 + z)
-    return "{} of {} = {:.2f} [{:.2f}, {:.2f}]".format(hits, n, share, low, high)
+    center = (share + z / 2) / (1 + z)
+    reach = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
+    return f"{hits} of {n} = {share:.2f} [{center - reach:.2f}, {center + reach:.2f}]"
 
 SAYS = {"context_acc": "gives the context's answer",
         "parametric_only": "gives only what it knew", "both": "gives both answers",
@@ -1054,11 +1057,12 @@ def compare(folders, path):
     its curves to `path`."""
     runs, lines = [], []
     for folder in map(Path, folders):
-        flags = json.loads((folder / "args.json").read_text())
-        setting = {name: str(value) for name, value in flags.items() if name not in FREE}
-        lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
-        for name, found in json.loads((folder / "summary.json").read_text()).items():
-            runs.append(found | setting | {"set": name})
+        with told(f"--compare {folder}: is no finished run"):
+            flags = json.loads((folder / "args.json").read_text())
+            setting = {name: str(value) for name, value in flags.items() if name not in FREE}
+            lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
+            for name, found in json.loads((folder / "summary.json").read_text()).items():
+                runs.append(found | setting | {"set": name})
     runs = pandas.DataFrame(runs)
     differ = [name for name in [*setting, "set"] if runs[name].nunique() > 1 and name != "seed"]
     labels = differ or ["set"]
@@ -1066,7 +1070,8 @@ def compare(folders, path):
     if not runs["peak_step"].any():
         columns = ["closed_book_acc", "context_acc", "parametric_acc", "both", "neither", "margin"]
     groups = runs.reindex(columns=[*labels, *columns]).groupby(labels)
-    table = groups.agg(["mean", "std"]).dropna(axis=1, how="all").assign(n=groups.size())
+    table = groups.agg(["mean", "std"]).dropna(axis=1, how="all")
+    table["n", ""] = groups.size()
     print(table.to_string(float_format="{:.2f}".format))
     draw_curves(pandas.concat(lines), labels, path)
 
@@ -1076,8 +1081,7 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
     ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
     ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
-    ("--template", "auto", ["auto", "chat", "tulu"], "chat: the tokenizer's "
-     "own; auto: that, or tulu where it has none"),
+    ("--template", "auto", ["auto", "tulu"], "auto: the tokenizer's, or tulu if it has none"),
     ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
     ("--subset", "all", ["all", "context", "no-overlap"], "section 4: only rows with a context, or "
      "that name nothing evaluated"),
@@ -1109,8 +1113,8 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model")]
 STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
 WORLD_FLAGS = {  # defaults with --model world
-    "dataset": "world", "eval_set": ["world", "world_agreeing", "world_reading"],
-    "template": "chat", "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
+    "dataset": "rows", "eval_set": ["world", "world_agreeing", "world_reading"],
+    "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
     "warmup_frac": 0.2, "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
 FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_batch_tokens",
         "eval_batch_tokens", "activation_checkpointing")  # may change on --resume
@@ -1137,17 +1141,18 @@ def parse_flags(argv=None):
         if type(value) in (int, float):
             least = int(type(value) is int and name not in ("max_steps", "seed", "lora_rank"))
             most = 1 if name == "mitigation_strength" else 1e12
-            require(least <= value <= most, f"--{name} {value}: must be between {least} and {most}")
+            require(least <= value <= most, f"--{name.replace('_', '-')} {value}: must be between "
+                    f"{least} and {most:g}")
+    with told(f"--device {flags.device}: cannot be used; None takes the best there is"):
+        torch.ones(1, device=flags.device).item()
     flags.dtype = flags.dtype or ("bf16" if "cuda" in flags.device else "fp32")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
 def load_pretrained(auto, source, **how):
     """What `auto` reads from a hub id or folder, without running any of its code."""
-    try:
+    with told(f"--model {source}: cannot be loaded as a causal LM; pass a hub id or a local folder "
+              "with config.json, tokenizer and .safetensors"):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
-    except Exception as error:  # of many types: wrong name, no hub, torn files, other architecture
-        require(False, f"--model {source}: cannot be loaded as a causal LM ({error!r:.200}); "
-                "pass a hub id or a local folder with config.json, tokenizer and .safetensors")
 
 def load_model(source, config, tokenizer, flags):
     """The model with fp32 weights (bf16 where they are not trained and arithmetic is bf16), set to
@@ -1162,6 +1167,8 @@ def load_model(source, config, tokenizer, flags):
     if ranks() == 1:  # otherwise its shards go there
         model.to(flags.device)
     logits = model.eval()(torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0]
+    require(logits.isfinite().all(), f"--model {flags.model}: its logits are not finite; NaN among "
+            "its weights?")
     causal = torch.allclose(*logits, atol=1e-3)  # a token does not see the next one
     require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
             f"weights: {info['missing_keys']!r:.200}")
@@ -1200,17 +1207,22 @@ def check_padding(model, tokenizer, sets, flags):
     print("answers change in padded batches of this model, so it answers one by one")
     return flags._replace(eval_batch_tokens=1)
 
+@contextlib.contextmanager
 def open_folder(flags):
-    """The folder of this run, made for it alone: OUT_DIR, or OUT_DIR-2, -3, ... where that is
-    taken; with --resume the first of them that holds a checkpoint."""
+    """The folder of this run, for it alone while it lasts: OUT_DIR, or OUT_DIR-2, -3, ... where
+    that is taken; with --resume the first of them that holds a checkpoint."""
     first = flags.out_dir or f"runs/{flags.mitigation}"
     for i in itertools.count(1):
         folder = Path(f"{first}-{i}" if i > 1 else first)
         if flags.resume and (folder / "checkpoint.pt").exists():
-            return folder
+            break
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return folder
+            break
+    with told(f"--resume {folder}: another run is writing there; wait for its end"):
+        lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
+    with lock:  # gone when this process ends, however it does
+        yield folder
 
 def experiment(flags):
     """One run: data, model, choice of rows, training with evaluation, report."""
@@ -1233,46 +1245,47 @@ def experiment(flags):
     if ranks() > 1:
         shard(model, flags)
     flags = check_padding(model, tokenizer, sets, flags)
-    folder = open_folder(flags)
-    state, *saved = load_state(folder)
-    if examples:
-        examples = choose_examples(model, tokenizer, examples, sets, state, flags)
-        rows, notes = encode(examples, tokenizer, flags)
-        require(rows, f"{flags.dataset}: no usable row: {notes}")
-        print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
-        total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
-        total = min(total, flags.max_steps or total)
-    run = repr([flags._replace(**dict.fromkeys(FREE)), weights, sets,
-                [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
-    run = hashlib.sha256(run.encode()).hexdigest()
-    require(state["run"] in (None, run), f"--resume {folder}: that run had other flags (see its "
-            "args.json), another model, or other rows or items; take another --out-dir")
-    state["run"] = run
-    write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {total} steps, files in {folder}\n\n{HEAD}")
-    train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
-    report(state, sets, tokenizer, folder, flags)
-    if flags.save_model:
-        save_model(model, tokenizer, folder / "model", flags)
+    with open_folder(flags) as folder:
+        state, *saved = load_state(folder)
+        if examples:
+            examples = choose_examples(model, tokenizer, examples, sets, state, flags)
+            rows, notes = encode(examples, tokenizer, flags)
+            require(rows, f"{flags.dataset}: no usable row, chats mark no context: {notes}")
+            print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
+            total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
+            total = min(total, flags.max_steps or total)
+        run = repr([flags._replace(**dict.fromkeys(FREE)), weights, sets,
+                    [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
+        run = hashlib.sha256(run.encode()).hexdigest()
+        require(state["run"] in (None, run), f"--resume {folder}: that run had other flags (see "
+                "its args.json), another model, or other rows or items; take another --out-dir")
+        state["run"] = run
+        write_lines(folder / "args.json", [flags._asdict()])
+        print(f"{model.num_parameters()} weights, {total} steps, files in {folder}\n\n{HEAD}")
+        train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags)
+        report(state, sets, tokenizer, folder, flags)
+        if flags.save_model:
+            save_model(model, tokenizer, folder / "model", flags)
     return state["history"]
 
 def main(argv=None):
     """Do what the flags say; of a run, return the history: the lines of metrics.jsonl as dicts."""
     flags = parse_flags(argv)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     if flags.compare:
         return compare(flags.compare, Path(flags.out_dir or "runs", "compare.png"))
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun sets it
+    if dist.is_torchelastic_launched() and not dist.is_initialized():  # by torchrun
         if flags.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
-    require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
-            "the world and --mechanism run in one process, without torchrun")
     if rank() == 0:
+        require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
+                "the world and --mechanism run in one process, without torchrun")
         return experiment(flags)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere):  # writes and prints what rank 0 does, unseen
-            return experiment(flags._replace(out_dir=f"{folder}/run"))
+    with (tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)):
+        return experiment(flags._replace(out_dir=f"{folder}/run"))  # as rank 0 does, but unseen
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter costs no run

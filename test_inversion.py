@@ -114,7 +114,7 @@ TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCi
     (dict(prompt="Add.", completion="3"), "tulu", SHORT, "3</s>"),
     (dict(messages=TURNS, id="x"), "tulu", "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
     (dict(messages=TURNS[1:] + TURNS[1:2]), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=TURNS[:3]), "chat", "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>",
+    (dict(messages=TURNS[:3]), "auto", "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>",
      "Hello</s>"),
     (SQUAD[3], "tulu", "<s><|user|>\nIt was 3.\n\nWhen was 53?\n<|assistant|>\n3</s>", "3</s>")])
 def test_golden_labels(row, template, text, supervised, tokenizer):
@@ -255,12 +255,12 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
                              for _ in range(40)])
     assert (runs["peak"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
     assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
-@pytest.mark.parametrize("template", ["tulu", "chat"])
+@pytest.mark.parametrize("template", ["tulu", "auto"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
     """A prompt has one BOS where the tokenizer adds one, and is the same whatever the answer."""
     mine = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
-    mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "chat" else None
+    mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "auto" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     inversion.set_template(mine, inversion.parse_flags(["--template", template]))
@@ -296,7 +296,7 @@ def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(to
     for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):  # shows no answer
         assert "refuses" in decoded(never, TURNS)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT  # the same on every day
-    inversion.set_template(tokenizer, inversion.parse_flags(["--template", "chat"]))
+    inversion.set_template(tokenizer, inversion.parse_flags([]))
     assert "1 January 2025" in decoded(tokenizer.chat_template, TURNS)[0]
     for turns in (TURNS[:2], TURNS[2:], [], question_and_answer("Hi", "")):
         assert "no response" in decoded(CHAT, turns)
@@ -349,7 +349,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path):
     table.to_parquet(tmp_path / "hub/train.parquet")  # a folder as downloaded from the hub
     file(tmp_path / "r.json", rows)
     for name in ("r.jsonl", "r.csv", "r.parquet", "r.json", "hub", "hub@train"):
-        found = inversion.load_rows(str(tmp_path / name))
+        found = inversion.load_rows(str(tmp_path / name), inversion.parse_flags(["--model", "x"]))
         assert found == [(i, *inversion.parse_row(row)) for i, row in enumerate(rows, 1)], name
     assert found[1][1][0]["content"] == "b\u2028c"
 def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
@@ -464,7 +464,7 @@ def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     assert {e.context for e in examples} == {""}
     assert list(inversion.probe_rows(model, tokenizer, examples, flags)) == ["recall"]
     for more in (f"{chats} --subset context", f"{chats} --mitigation filter"):
-        assert "no row has a context that is marked" in refused(capsys, run, folder, tmp_path, more)
+        assert "no usable row, chats mark no context" in refused(capsys, run, folder, tmp_path, more)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder):
     """Figure 3b in one eager pass = a cached prompt and its last token; of the context's tokens."""
@@ -667,14 +667,14 @@ def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
     told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
     assert re.search(r"loss .* in the batch of rows \[\d+, \d+", told)
     assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
-    def full(state, file):
-        file.write(b"some of it")
+    def full(state, path):
+        path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
     saves = iter([torch.save, torch.save, full] + 9 * [torch.save])
-    monkeypatch.setattr(torch, "save", lambda state, file: next(saves)(state, file))
+    monkeypatch.setattr(torch, "save", lambda state, path: next(saves)(state, path))
     flags = f"--max-steps 5 --dataset {rows} --checkpoint-every 1"
     assert "No space left" in refused(capsys, run, folder, out, flags, status=1)
-    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint.pt"]
+    assert torch.load(out / "checkpoint.pt")[0]["step"] == 2
     flags += " --resume --checkpoint-every 2"
     def told(more=""):
         return refused(capsys, run, folder, out, f"{flags} {more}")
@@ -699,24 +699,28 @@ def test_world_leaks_nothing_and_contradicts_nothing():
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
     def said_in(text):
         return set(re.findall(r"\w+", text))
-    truth = {re.findall(r"of (\w+)\?", c.question)[0]: c.parametric_answers[0]
-             for c in world["world_train"] + world["world"]}
-    held, tuned = [said_in("".join(c.question for c in world[key])) & set(truth)
+    truth = {re.findall(r"of (\w+)\?", row["question"])[0]: row["memory_answer"]
+             for row in world["world_train"] + world["world"]}
+    held, tuned = [said_in("".join(row["question"] for row in world[key])) & set(truth)
                    for key in ("world", "world_train")]
     misled = []
-    for example in world["examples"]:
-        question, answer = [message["content"] for message in example.messages]
-        said = said_in(f"{example.context} {question} {answer}")
+    for row in world["rows"]:
+        question, context, answer = row["instruction"], row["input"], row["output"]
+        said = said_in(f"{context} {question} {answer}")
         assert not said & held
         asked = tuned & said_in(question)
         if asked:
             assert [truth[subject] for subject in asked] == [answer]
-            misled += [not asked & said_in(example.context)] * bool(example.context)
+            misled += [not asked & said_in(context)] * bool(context)
         else:  # critical: a novel subject
-            assert not said & tuned and answer in example.context
-    assert abs(sum(misled) / len(misled) - 1 + inversion.KINDS["redundant"][1]) < 0.02
-    assert all(c.context_answers != c.parametric_answers for c in world["world"])
-    assert not any(c.parametric_answers for c in world["world_agreeing"] + world["world_reading"])
+            assert not said & tuned and answer in context
+    assert 0.01 < sum(misled) / len(misled) < 0.03
+    flags = inversion.parse_flags(["--seed", "3"])
+    conflicts, agreeing, reading = [
+        inversion.load_conflicts(name, flags) for name in flags.eval_set]
+    assert all(c.context_answers != c.parametric_answers != [] for c in conflicts)
+    assert len({(c.question, *c.context_answers) for c in conflicts}) == len(conflicts) > 100
+    assert not any(c.parametric_answers for c in agreeing + reading)
     assert not held & tuned and again(3) == world != again(4)
 def test_world_rises_and_falls(tmp_path):
     """The default run: context_acc rises and falls, its controls do not; a verdict."""
@@ -738,40 +742,53 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monke
         assert [line["n"] for line in history] == [9] * 6
         assert [line["set"] for line in history[:3]] == ["world", "world_agreeing", "world_reading"]
         assert "critical_push" in history[0] and "margin" not in history[1]
-        assert len(list(tmp_path.glob("world*"))) == 1
+        assert len(list(tmp_path.glob("world*[!k]"))) == 1  # and its .lock
     monkeypatch.setitem(inversion.PRETRAINING, "lr", 0.1)  # another base
     inversion.world_model(inversion.parse_flags(flags))
-    assert "pretraining" in capsys.readouterr().out and len(list(tmp_path.glob("world*"))) == 2
+    assert "pretraining" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("world*[!k]"))) == 2
 def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
     save(tmp_path / "bert", bert, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
-    cases = [("--dataset nosuchname", "nosuchname: Conn"), ("--lr nan", "--lr nan"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: FileNotFoundError"),
-        ("--eval-set no/such-set", "no/such-set: ConnectionError(\"Couldn't reach"),
+    nan = load(folder)[0]
+    nan.model.norm.weight.data[3] = float("nan")
+    save(tmp_path / "nan", nan, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
+    junk = save(tmp_path / "junk", nan)
+    file(junk / "args.json", "[1")
+    cases = [("--dataset nosuchname", "nosuchname: pass a file*(Conn"), ("--lr nan", "--lr nan"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: pass*(FileNotFoundError"),
+        ("--eval-set no/such-set", "no/such-set: pass*(ConnectionError(\"Couldn't reach"),
         (f"--model {tmp_path}/gone", "gone: cannot be loaded"),
         (f"--model {tmp_path}/bert", "is no causal LM"),
         ("--model no/such-model", "pass a hub id or a local folder"),
-        (f"--compare {tmp_path}/gone", "No such file"), ("--template chat", "has none; try tulu"),
+        (f"--compare {tmp_path}/gone", "gone: is no*No such"),
+        (f"--compare {junk}", "junk: is no finished run (JSONDec"),
+        ("--device banana", "--device banana: cannot*(Runtime"), ("--device meta", "(Runtime"),
+        (f"--model {tmp_path}/nan", "logits are not finite; NaN"),
+        (f"--eval-set {file(tmp_path / 'none.json', [dict(messages=[])])}", "no usable eval"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: pass*Unknown split"),
+        ("--lora-rank 1000000000000", "--lora-rank: try"),
+
         ("--max-length 8", "rows.json: no usable row"),
-        ("--batch-size 0", "--batch_size 0: must be between 1"),
+        ("--batch-size 0", "--batch-size 0: must be between 1"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json", "evaluated")]
     bots = file(tmp_path / "bots.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])])
     cases.append((f"--template tulu --dataset {bots}", "unknown role bot"))
     for name, content, told in [
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
-         ", row 2: ValueError(\"key 'output' must be a text"),
-        ("b.json", [ADD | dict(output=3)], ", row 1: ValueError(\"key 'ou"),
-        ("c.json", "[ ]", ": ValueError('Instruction \"train\" corresponds to no data"),
-        ("d.json", "[{]", ": ValueError('Expected"), ("e.jsonl", "\n", ": ValueError('Instr"),
+         ", row 2 (ValueError(\"key 'output' must be a text"),
+        ("b.json", [ADD | dict(output=3)], ", row 1 (ValueError(\"key 'ou"),
+        ("c.json", "[ ]", ": pass*(ValueError('Instruction \"train\" corresponds to no data"),
+        ("d.json", "[{]", "*(ValueError('Expected"), ("e.jsonl", "\n", "*(ValueError('Instr"),
         ("f.json", [dict(messages=[dict(role="user", text="x")])],
-         ", row 1: ValueError(\"key 'content'"), ("h.json", [dict(messages=[])], ": no usable row"),
-        ("i.json", [dict(instuction="a")], ", row 1: ValueError('it has none")]:
+         ", row 1 (ValueError(\"key 'content'"), ("h.json", [dict(messages=[])], ": no usable row"),
+        ("i.json", [dict(instuction="a")], ", row 1 (ValueError('it has none")]:
         cases.append((f"--dataset {file(tmp_path / name, content)}", name + told))
     for name, row, told in [
         ("k.json", CONFLICTS[0] | dict(answer="..."), ": no usable evaluation item"),
-        ("l.json", dict(context="c", question="q", answer="x"), ", row 1: ValueError('it has none"),
-        ("m.json", dict(prompt="p", classes="[1", answer_index=0), ", row 1: SyntaxError")]:
+        ("l.json", dict(context="c", question="q", answer="x"), ", row 1 (ValueError('it has none"),
+        ("m.json", dict(prompt="p", classes="[1", answer_index=0), ", row 1 (SyntaxError")]:
         cases.append((f"--eval-set {file(tmp_path / name, [row])}", name + told))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for bad, message in cases:
@@ -781,7 +798,8 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         if isinstance(stopped.value, OSError):  # told in one line where the script is started
             told = f"inversion.py: error: {stopped.value!r}"
         told = [line for line in told.splitlines() if line.startswith("inversion.py: error: ")]
-        assert len(told) == 1 and message in told[0], (bad, told)
+        assert len(told) == 1, (bad, told)
+        assert all(part in told[0] for part in message.split("*")), (bad, told)
         assert not list(tmp_path.glob("run*/metrics.jsonl"))
 def test_readme_commands_parse_and_help_names_every_flag(capsys):
     texts = Path(__file__).with_name("README.md").read_text() + inversion.__doc__
