@@ -159,16 +159,14 @@ METRICS = ("context_acc", "parametric_acc", *CELLS, "context_acc_known", "parame
            "closed_book_acc", "margin", "m_c")
 
 def evaluate(model, tokenizer, items, known, flags):
-    """Ask every item with and without its context. Returns one dict per item, saved as it is: id,
-    group, texts and, of METRICS, what the item has; metrics() takes their means.
+    """Ask every item with and without its context, without drawing a random number. Returns a dict
+    per item, saved as it is: id, group, texts and, of METRICS, what the item has.
 
-    context_acc and parametric_acc are the hits of score(); context_only, parametric_only, both and
-    neither its four cases. closed_book_acc: memory answers without the context. known: it did so
-    before finetuning; `known` holds the ids of such items, None in the first evaluation, which
-    finds them. margin: log p(context answer) - log p(memorised answer), each per token. m_c:
-    p(context answer) / (p(context answer) + p(memorised answer)), as in Theorem 1.
-
-    Draws no random number: training goes on as if nobody had asked."""
+    context_acc and parametric_acc are the hits of score(), CELLS its four cases. closed_book_acc:
+    memory answers without the context. known: it did so before finetuning; `known` holds the ids of
+    such items, None in the first evaluation, which finds them. margin: log p(context answer) -
+    log p(memorised answer), each per token. m_c, of Theorem 1: p(context answer) / (p(context
+    answer) + p(memorised answer))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     outcomes = {}
     texts = generate(model, tokenizer, [item.prompt for item in items], flags)
@@ -592,8 +590,7 @@ PRETRAINING = {"dataset": "documents", "num_examples": None, "max_steps": 800, "
                "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096, "lora_rank": 0}
 
 def world_model(flags):
-    """Folder of the world's base model: from an earlier run, from one that is making it at this
-    moment, or made now."""
+    """Folder of the world's base model, which the first run makes and the others wait for."""
     key = repr([make_world(flags.seed), PRETRAINING, flags.device, torch.__version__])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
@@ -803,8 +800,8 @@ def answer_place(turns, tokenizer):
 def render(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the tokenizer's chat template as [(text, supervised), ...], or the reason
     (a text) why it has none. Supervised: the answers, each with the one token that ends its turn;
-    what the template writes before them, an empty think block say, is prompt. Each answer costs a
-    rendering of all before it, so a chat of thousands of turns ends beyond `max_length` tokens."""
+    what the template writes before them, an empty think block say, is prompt. An answer costs a
+    rendering of all before it: a long chat ends some turns beyond `max_length` tokens."""
     turns = list(messages)
     if context:
         turns[0] = turns[0] | {"content": f"{context}\n\n{turns[0]['content']}"}
@@ -884,7 +881,7 @@ def in_batches(work, lengths, budget):
     order, on every rank. Batches hold similar lengths; each rank works on its share."""
     results = {}
     shares = list(deal(micro_batches(lengths, budget)))
-    for indices, real in tqdm(shares, "batches", leave=False, disable=None):
+    for indices, real in tqdm(shares, leave=False, disable=None):
         found = work(indices)
         if real:
             results |= zip(indices, found)
@@ -1059,12 +1056,13 @@ def compare(folders, path):
     for folder in map(Path, folders):
         with told(f"--compare {folder}: is no finished run"):
             flags = json.loads((folder / "args.json").read_text())
-            setting = {name: str(value) for name, value in flags.items() if name not in FREE}
+            setting = {name: str(value) for name, value in flags.items()
+                       if name not in (*FREE, "seed", "eval_set", "mechanism")}
             lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
             for name, found in json.loads((folder / "summary.json").read_text()).items():
                 runs.append(found | setting | {"set": name})
     runs = pandas.DataFrame(runs)
-    differ = [name for name in [*setting, "set"] if runs[name].nunique() > 1 and name != "seed"]
+    differ = [name for name in [*setting, "set"] if runs[name].nunique() > 1]
     labels = differ or ["set"]
     columns = ["start", "peak", "final", "drop"]
     if not runs["peak_step"].any():
@@ -1196,13 +1194,17 @@ def load_data(source, config, positions, flags):
         require(sets[name], f"{name}: no usable evaluation item")
     return tokenizer, sets, examples
 
-def check_padding(model, tokenizer, sets, flags):
-    """The flags, with answers one by one if the model answers otherwise in left-padded batches, as
-    rwkv and MiniMax do: told by three tokens to the shortest prompt, beside the longest."""
-    prompts = sorted((item.prompt for item in sum(sets.values(), [])), key=len)
-    prompts, few = [prompts[0], prompts[-1]], flags._replace(max_new_tokens=3)
-    together = generate(model, tokenizer, prompts, few)
-    if together == generate(model, tokenizer, prompts, few._replace(eval_batch_tokens=1)):
+def check_padding(model, flags):
+    """The flags, with answers one by one if the model sees left padding, as rwkv does: nine tokens
+    of it before nine others change its logits by more than rounding, in bf16, does."""
+    logits = []
+    for padding in (0, 9):
+        ids = torch.arange(-padding, 9, device=model.device)[None]  # below 0: padding
+        out = model.generate(
+            input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), max_new_tokens=1,
+            output_logits=True, return_dict_in_generate=True)
+        logits.append(out.logits[0].float())
+    if torch.corrcoef(torch.cat(logits))[0, 1] > 0.998:
         return flags
     print("answers change in padded batches of this model, so it answers one by one")
     return flags._replace(eval_batch_tokens=1)
@@ -1232,6 +1234,7 @@ def experiment(flags):
     flags = flags._replace(max_length=min(flags.max_length, positions))
     tokenizer, sets, examples = load_data(source, config, positions, flags)
     model = load_model(source, config, tokenizer, flags)
+    flags = check_padding(model, flags)
     weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
     probe, rows, total = {}, [], 0
     if flags.mechanism and examples:
@@ -1244,7 +1247,6 @@ def experiment(flags):
         model.gradient_checkpointing_enable()
     if ranks() > 1:
         shard(model, flags)
-    flags = check_padding(model, tokenizer, sets, flags)
     with open_folder(flags) as folder:
         state, *saved = load_state(folder)
         if examples:
