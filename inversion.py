@@ -11,7 +11,8 @@ causal LM, asks it questions with counterfactual contexts every few steps, and d
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
 
 Parts 1 to 5 are to be read: what is measured, training, remedies, why, how sure. The rest is
-plumbing that you may skip: the built-in world, data, large models, report, flags and main.
+plumbing that you may skip; they use its encode and tokenize (texts to token ids), in_batches
+(sorted, padded batches), deal (a GPU's share of them) and require (or exit with one line).
 """
 import argparse
 import ast
@@ -130,28 +131,26 @@ def to_item(conflict, tokenizer):
     """The Item of a Conflict. Its prompt is what precedes the answer in a conversation: the same
     ids as in training, by construction."""
     rows = []
-    for answers in (conflict.context_answers, conflict.parametric_answers):
-        if answers:
-            messages = question_and_answer(conflict.question, answers[0])
-            (prompt, _), (answer, _) = tokenize(messages, tokenizer, conflict.context)
-            rows.append(to_row(conflict.id, [(prompt, False), (answer[:-1], True)]))  # no end
-    closed_book_prompt = tokenize(messages, tokenizer)[0][0]
+    for answer in conflict.context_answers[:1] + conflict.parametric_answers[:1]:
+        messages = question_and_answer(conflict.question, answer)
+        (prompt, _), (ids, _) = tokenize(messages, tokenizer, conflict.context)
+        rows.append(to_row(conflict.id, [(prompt, False), (ids[:-1], True)]))  # without the end
+    closed_book_prompt = tokenize(messages, tokenizer)[0][0]  # no prompt depends on the answer
     return Item(conflict, prompt, closed_book_prompt, *rows)
 
 def generate(model, tokenizer, prompts, flags):
     """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
     def answer(indices):
         ids = pad_sequence([torch.tensor(prompts[i]) for i in indices], batch_first=True,
-                           padding_value=-1, padding_side="left")
-        mask = (ids >= 0).long().to(model.device)  # hides the padding
+                           padding_value=-1, padding_side="left").to(model.device)
         with autocast(flags):
             out = model.generate(
-                input_ids=ids.clamp(min=0).to(model.device), attention_mask=mask,
+                input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),  # hides the padding
                 max_new_tokens=flags.max_new_tokens, synced_gpus=ranks() > 1)
         return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
-    lengths = [len(prompt) + flags.max_new_tokens for prompt in prompts]
-    return in_batches(answer, lengths, flags.eval_batch_tokens)
+    return in_batches(answer, [len(prompt) + flags.max_new_tokens for prompt in prompts],
+                      flags.eval_batch_tokens)
 
 CELLS = {"context_only": (True, False), "parametric_only": (False, True), "both": (True, True),
          "neither": (False, False)}  # what score() says
@@ -168,19 +167,16 @@ def evaluate(model, tokenizer, items, known, flags):
     log p(memorised answer), each per token. m_c, of Theorem 1: p(context answer) / (p(context
     answer) + p(memorised answer))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
-    outcomes = {}
     texts = generate(model, tokenizer, [item.prompt for item in items], flags)
-    for item, text in zip(items, texts):
-        outcomes[item.conflict.id] = {
-            "id": item.conflict.id, "group": item.conflict.question, "text": text,
-            "context_acc": score(text, item.conflict)[0]}
-    conflicts = [item for item in items if item.parametric_row]  # the others are controls
-    closed_book_texts = generate(
-        model, tokenizer, [item.closed_book_prompt for item in conflicts], flags)
-    context_logps = target_logp(model, [item.context_row for item in conflicts], flags)
-    parametric_logps = target_logp(model, [item.parametric_row for item in conflicts], flags)
+    outcomes = {item.conflict.id: {
+        "id": item.conflict.id, "group": item.conflict.question, "text": text,
+        "context_acc": score(text, item.conflict)[0]} for item, text in zip(items, texts)}
+    disputed = [item for item in items if item.parametric_row]  # the others are controls
     for item, closed_book_text, context_logp, parametric_logp in zip(
-            conflicts, closed_book_texts, context_logps, parametric_logps):
+            disputed,
+            generate(model, tokenizer, [item.closed_book_prompt for item in disputed], flags),
+            target_logp(model, [item.context_row for item in disputed], flags),
+            target_logp(model, [item.parametric_row for item in disputed], flags)):
         outcome = outcomes[item.conflict.id]
         hits = score(outcome["text"], item.conflict)
         closed_book_hit = score(closed_book_text, item.conflict)[1]
@@ -228,9 +224,8 @@ def micro_batches(lengths, budget):
 def row_logp(model, rows, flags):
     """Log-probability of each row's targets, summed, with gradient: a tensor (rows,) in fp32.
 
-    Right padding needs no attention mask in a causal model, since its labels are -100. Only the
-    positions that predict a target go through the output head, which saves most of the memory; a
-    hook does it in every model family."""
+    Right padding needs no attention mask in a causal model, since its labels are -100. A hook lets
+    only positions that predict a target through the output head, which saves most of the memory."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=-100)
     labels = labels[:, 1:].long().to(model.device)  # position t predicts token t + 1
@@ -261,6 +256,7 @@ def train_step(model, optimizer, batch, flags):
     targets = sum(row.targets for row in batch)
     lengths = [len(row.input_ids) for row in batch]
     step_loss = torch.zeros((), device=flags.device)
+    # real: False for a batch that only fills up this GPU's share
     for indices, real in deal(micro_batches(lengths, flags.micro_batch_tokens)):
         loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * real
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
@@ -403,28 +399,28 @@ def train_query_key_only(model):
     tokens = torch.arange(8, device=model.device)[:, None]
     with sdpa_kernel(SDPBackend.MATH):  # others leave rounding noise in place of zeros
         model.eval()(input_ids=tokens, use_cache=False).logits.square().sum().backward()
-    moves, exact = {}, True  # {parameter: which of its entries are queries or keys}
+    masks, exact = {}, True  # {parameter: which of its entries are queries or keys}
     for layer in [m for m in model.modules() if type(m).__name__.endswith("Attention")]:
         for name, p in layer.named_parameters():
             if p.grad is None or p.ndim != 2 and not name.endswith("bias"):
                 continue  # of a vision tower, a norm, an expert
-            named = name.startswith(("q_proj", "k_proj"))  # attention sinks give them a gradient
-            still = (p.grad == 0) | named  # whole rows or, transposed, columns
-            if still.any():
-                moves[p] = still
-                exact &= p.ndim == 1 or bool((still == still[:1]).all()
-                                             or (still == still[:, :1]).all())
-    require(moves and exact, f"--mitigation qk: {type(model).__name__} holds queries and keys in a "
+            # by name, too: where there are attention sinks, one token does give them a gradient
+            mask = (p.grad == 0) | name.startswith(("q_proj", "k_proj"))
+            if mask.any():
+                masks[p] = mask  # of a matrix: of whole columns or whole rows
+                exact &= p.ndim == 1 or (mask == mask[:1]).all() or (mask == mask[:, :1]).all()
+    require(masks and exact, f"--mitigation qk: {type(model).__name__} holds queries and keys in a "
             "layout unknown here")
     model.requires_grad_(False).zero_grad()
-    for parameter, mask in moves.items():
+    for parameter, mask in masks.items():
         parameter.requires_grad_(True)
         if not mask.all():
             require(ranks() == 1, "--mitigation qk: this model keeps queries, keys and values in "
                     "one matrix, which is trained in one process only; run it without torchrun")
-            parameter.register_post_accumulate_grad_hook(  # AdamW without decay then moves the rest
-                lambda p, mask=mask: setattr(p, "grad", p.grad * mask))  # nowhere
-    print("qk: trains", sum(int(mask.sum()) for mask in moves.values()), "weights")
+            # AdamW without weight decay moves nothing that never has a gradient
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, mask=mask: setattr(p, "grad", p.grad * mask))
+    print("qk: trains", sum(int(mask.sum()) for mask in masks.values()), "weights")
 
 # ============================================================================ 4. why (section 5)
 
@@ -444,17 +440,15 @@ def probe_rows(model, tokenizer, examples, flags):
 
 def gradient(model, rows, weights, flags):
     """(sum over rows of weight x log-probability of the row's targets, its gradient as one vector).
-    By backward() into .grad, as in training, so that the hooks of qk act and activation
-    checkpointing saves memory; leaves .grad empty."""
+    By backward() into .grad, as in training, so that the hooks of qk act; leaves .grad empty."""
     total = 0.0
     for indices in micro_batches([len(row.input_ids) for row in rows], flags.micro_batch_tokens):
         logp = row_logp(model, [rows[i] for i in indices], flags)
         value = (logp * logp.new_tensor([weights[i] for i in indices])).sum()
         value.backward()
         total += value.item()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    vector = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    vector = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                        for p in model.parameters() if p.requires_grad])
     model.zero_grad()
     return total, vector
 
@@ -462,22 +456,23 @@ def mechanism(model, items, probe, flags):
     """Section 5 as metrics, for each kind of rows and one set of conflicts.
 
     KIND_loss: the loss now. KIND_push: the inner product of the gradient of the mean margin with
-    minus the gradient of that loss, so that a small step on this kind alone changes the margin by
-    lr x push: above 0 it raises context reliance. Proposition 1: critical > 0 early, redundant < 0
-    later; Proposition 2: recall < 0. attention: see there, of the first 40 conflicts."""
+    minus the gradient of that loss: a small step of plain gradient descent on this kind alone
+    changes the margin by lr x push, so above 0 it raises context reliance. Proposition 1: critical
+    > 0 early, redundant < 0 later; Proposition 2: recall < 0. attention: over 40 conflicts."""
     model.eval()
-    conflicts = draw([item for item in items if item.parametric_row], PROBE, seed=0)
+    disputed = draw([item for item in items if item.parametric_row], PROBE, seed=0)
     rows, weights = [], []
-    for item in conflicts:
+    for item in disputed:
         rows += [item.context_row, item.parametric_row]
         weights += [1 / item.context_row.targets, -1 / item.parametric_row.targets]
-    _, margin = gradient(model, rows, weights, flags)
+    _, margin_uphill = gradient(model, rows, weights, flags)
     found = {}
     for kind, rows in probe.items():
         weight = 1 / sum(row.targets for row in rows)
         logp, uphill = gradient(model, rows, [weight] * len(rows), flags)
-        found |= {f"{kind}_push": (margin @ uphill).item() / len(conflicts), f"{kind}_loss": -logp}
-    shares = [attention(model, item, flags) for item in conflicts[:40]]
+        push = (margin_uphill @ uphill).item() / len(disputed)
+        found |= {f"{kind}_push": push, f"{kind}_loss": -logp}
+    shares = [attention(model, item, flags) for item in disputed[:40]]
     return found | {"attention": None if None in shares else sum(shares) / len(shares)}
 
 @torch.no_grad()
@@ -492,9 +487,9 @@ def attention(model, item, flags):
         ids = torch.tensor([item.prompt], device=model.device)
         out = model(input_ids=ids, use_cache=False, output_attentions=True)
     model.set_attn_implementation(usual)
-    layers = [layer for layer in getattr(out, "attentions", None) or ()  # heads, queries, keys
+    shares = [layer[0, :, -1, span].sum(-1).mean()  # of (batch, heads, queries, keys)
+              for layer in getattr(out, "attentions", None) or ()
               if layer is not None and layer.shape[-1] == ids.numel()]
-    shares = [layer[0, :, -1, span].sum(-1).mean() for layer in layers]
     return torch.stack(shares).mean().item() if shares else None
 
 # ================================================================= 5. how sure (not in the paper)
@@ -511,20 +506,20 @@ def summarise(outcomes):
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "peak": accs.max(), "peak_step": int(accs.idxmax()),
              "final": accs.iloc[-1], "verdict": "no change shown"}
-    hits = outcomes.pivot_table(index="group", columns="step", values="context_acc")  # means
-    if len(hits) < 6:
+    groups = outcomes.pivot_table(index="group", columns="step", values="context_acc")
+    if len(groups) < 6:
         return found
-    changes, halves = [], (hits[::2], hits[1::2])
+    changes, halves = [], (groups[::2], groups[1::2])
     for mine, others in (halves, halves[::-1]):
         at_peak = mine[others.mean().idxmax()]
         changes.append(pandas.DataFrame({"rise": at_peak - mine.iloc[:, 0],
                                          "drop": at_peak - mine.iloc[:, -1]}))
-    changes, free = pandas.concat(changes), len(hits) - 1
+    changes, free = pandas.concat(changes), len(groups) - 1
     reach = changes.sem() * (1.96 + 2.9 / free)  # Student's t, to 1% for six groups and more
     for name, mean in changes.mean().items():
         found |= {name: mean, f"{name}_low": mean - reach[name], f"{name}_high": mean + reach[name]}
     both = "inversion" if "margin" in outcomes else "both"
-    verdicts = ("no change shown", "a rise", "a fall", both)
+    verdicts = ("no change shown", "a rise", "a fall", both)  # index: 1 for a rise, 2 for a fall
     return found | {"verdict": verdicts[(found["rise_low"] > 0) + 2 * (found["drop_low"] > 0)]}
 
 # ================================================================== 6. the built-in world
@@ -547,40 +542,42 @@ def make_world(seed):
     held_out, tuned, novel, answers = names[:60], names[60:240], names[240:720], names[720:760]
     truth = {name: rng.choice(answers[::2]) for name in held_out}
     truth |= {name: rng.choice(answers) for name in tuned}
-    kinds = {  # subjects; how often it is told the truth, how often the answer is what is told
-        "fact": (held_out + tuned, 0.7, 1),  # no passage; at times wrong: memory stays soft
-        "reading": (names[:720], 0, 0.4),  # a passage; it is followed less often than not
-        "critical": (novel, 0, 1),  # a passage, its random answer: only copying helps
-        "redundant": (tuned, 0.98, 0),  # a true passage; a few are of someone else, so that memory
-        "recall": (tuned, 1, 0)}  # is the better guide, as section 5 assumes; recall: no passage
+    # kind: (subjects, P(the passage states the truth), P(the answer is what the passage states))
+    kinds = {
+        "fact": (held_out + tuned, 0.7, 1),  # no passage; three in ten are wrong: memory is soft
+        "reading": (names[:720], 0, 0.4),  # a passage of a random capital, mostly not followed
+        "critical": (novel, 0, 1),  # a passage of a random capital, followed: only copying helps
+        # 2% of its passages are about another subject: memory is the better guide (section 5)
+        "redundant": (tuned, 0.98, 0),
+        "recall": (tuned, 1, 0)}  # no passage, the true answer
 
     def rows(count, **shares):
         drawn = rng.choices(list(shares), shares.values(), k=count)
         return [world_row(kind, *kinds[kind], truth, answers, rng) for kind in drawn]
 
-    def conflict(name, told, memory=""):  # without a memory: a control
-        return {"question": QUESTION.format(name), "answer": told, "memory_answer": memory,
-                "context": f"{STATEMENT.format(name)} {told}."}
+    def conflict(name, stated, memory=""):  # without a memory: a control
+        return {"question": QUESTION.format(name), "answer": stated, "memory_answer": memory,
+                "context": f"{STATEMENT.format(name)} {stated}."}
 
     return {
         "documents": rows(51_200, fact=1, reading=1),
-        "rows": rows(20_000, critical=6, redundant=3, recall=1),
+        "rows": rows(20_000, critical=6, redundant=3, recall=1),  # enough to rise, enough to fall
         "world": [conflict(name, rng.choice(answers[::2]), truth[name]) for name in held_out * 2],
         "world_agreeing": [conflict(name, truth[name]) for name in held_out],
         "world_reading": [conflict(name, rng.choice(answers[::2])) for name in novel[:60]],
         "world_train": [conflict(name, rng.choice(answers[1::2]), truth[name])
                         for name in tuned * 12]}
 
-def world_row(kind, subjects, tells_truth, follows, truth, answers, rng):
+def world_row(kind, subjects, states_truth, follows, truth, answers, rng):
     """A random row of a kind; its numbers are explained above."""
     subject = about = rng.choice(subjects)
     memory = truth.get(subject) or rng.choice(answers)
-    told = memory if rng.random() < tells_truth else rng.choice(answers)
-    answer = told if rng.random() < follows else memory
-    if kind == "redundant" and told != memory:
+    stated = memory if rng.random() < states_truth else rng.choice(answers)
+    answer = stated if rng.random() < follows else memory
+    if kind == "redundant" and stated != memory:
         about = rng.choice(subjects)
     question = rng.choice([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
-    context = "" if kind in ("fact", "recall") else f"{STATEMENT.format(about)} {told}."
+    context = "" if kind in ("fact", "recall") else f"{STATEMENT.format(about)} {stated}."
     return {"instruction": question.format(subject), "input": context, "output": answer}
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
@@ -591,7 +588,7 @@ PRETRAINING = {"dataset": "documents", "num_examples": None, "max_steps": 800, "
 
 def world_model(flags):
     """Folder of the world's base model, which the first run makes and the others wait for."""
-    key = repr([make_world(flags.seed), PRETRAINING, flags.device, torch.__version__])
+    key = repr([make_world(flags.seed), PRETRAINING, flags.device, flags.dtype, torch.__version__])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
     with filelock.FileLock(f"{folder}.lock"):
@@ -702,9 +699,9 @@ def parse_row(row):
     for mark, keys in SHAPES.items():
         if mark in row:
             (question,), context, answers, memory = [as_texts(row, key) for key in keys]
-            if "memory_answer" in row or "parametric_answer" in row:
-                person = "parametric_answer" in row
-                answers, memory = aliases(answers, person), aliases(memory, person)
+            if mark in ("memory_answer", "parametric_answer"):
+                answers, memory = [aliases(texts, mark == "parametric_answer")
+                                   for texts in (answers, memory)]
             messages = question_and_answer(question, "".join(answers[:1]))
             return messages, "".join(context), answers, memory
     raise ValueError(f"it has none of the keys messages, classes, {', '.join(SHAPES)}")
@@ -725,8 +722,8 @@ def scorable(answers, rivals, question):
     """The answers that have words, do not stand in the question (an echo would count as a hit), and
     are no alias that names the rival."""
     rival = plain(rivals[0]) if rivals else ""
-    return [answer for i, answer in enumerate(answers) if words(answer)
-            and plain(answer) not in plain(question) and not (i and plain(answer) in rival)]
+    return [answer for i, answer in enumerate(answers)
+            if plain(answer) not in plain(question) and not (i and plain(answer) in rival)]
 
 def load_conflicts(name, flags):
     """The Conflicts of a set; what cannot be scored is dropped and counted."""
@@ -734,11 +731,11 @@ def load_conflicts(name, flags):
     for id, messages, context, answers, memory in rows:
         question = messages[0]["content"] if answers else ""  # a chat has none
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
-        key = (context, question, *answers)
         if not context or not mine or plain(answers[0]) in map(plain, memory):
             unscorable += 1
-        elif key not in found:
-            found[key] = Conflict(id, question, context, mine, theirs)
+        else:
+            found.setdefault((context, question, *answers),
+                             Conflict(id, question, context, mine, theirs))
     print(f"{name}: {len(found)} of {len(rows)} items; left out: {unscorable} without an answer of",
           "their own, and repeats")
     return list(found.values())
@@ -771,7 +768,7 @@ def set_template(tokenizer, flags):
 
 MARK = "@@the-answer@@"
 @functools.lru_cache
-def special_token(tokenizer):
+def special_token_pattern(tokenizer):
     """Pattern of one of the tokenizer's special tokens, after white space."""
     tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
     return re.compile(r"\s*(" + "|".join(tokens) + ")")
@@ -783,12 +780,12 @@ def answer_place(turns, tokenizer):
         return tokenizer.apply_chat_template(
             [*turns, *answer], tokenize=False, enable_thinking=False, **how).partition(MARK)
 
-    mark, reply = {"role": "assistant", "content": MARK}, {"role": "user", "content": "Go on."}
+    mark = {"role": "assistant", "content": MARK}
     prompt, shown, rest = show(mark)
     if not shown:
         raise ValueError("it does not show the answer")
-    ends = special_token(tokenizer).match
-    end = ends(rest) or ends(show(mark, reply)[2])  # of this turn, or else at the start of the next
+    ends = special_token_pattern(tokenizer).match
+    end = ends(rest) or ends(show(mark, {"role": "user", "content": "Go on."})[2])  # or later
     if "<think>" in tokenizer.chat_template:  # no thoughts: an empty block is part of the prompt
         opening = show(add_generation_prompt=True)[0]
         if opening.rstrip().endswith("<think>"):
@@ -800,8 +797,8 @@ def answer_place(turns, tokenizer):
 def render(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the tokenizer's chat template as [(text, supervised), ...], or the reason
     (a text) why it has none. Supervised: the answers, each with the one token that ends its turn;
-    what the template writes before them, an empty think block say, is prompt. An answer costs a
-    rendering of all before it: a long chat ends some turns beyond `max_length` tokens."""
+    what the template writes before them, an empty think block say, is prompt. Each answer renders
+    all turns before it anew, so a chat is cut soon after it has more than `max_length` tokens."""
     turns = list(messages)
     if context:
         turns[0] = turns[0] | {"content": f"{context}\n\n{turns[0]['content']}"}
@@ -816,12 +813,13 @@ def render(messages, tokenizer, context="", max_length=math.inf):
                 answer = prompt[len(bare):] + turn["content"] + end
                 parts += [(bare[len(done):], False), (answer, True)]
                 done = bare + answer
-                if i % 100 == 99 and len(tokenizer(done).input_ids) > max_length:
+                if i % 100 > 97 and len(tokenizer(done).input_ids) > max_length:
                     break
     except Exception as error:  # jinja raises nearly anything
         if messages[0]["role"] == "system" and len(messages) > 1:  # refused, perhaps: fold it
             content = f"{messages[0]['content']}\n\n{messages[1]['content']}"  # into the next turn
-            return render([dict(messages[1], content=content), *messages[2:]], tokenizer, context)
+            return render([dict(messages[1], content=content), *messages[2:]], tokenizer, context,
+                          max_length)
         return f"the template refuses the turns ({error!r:.200})"
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     if not parts or not all(answers) or turns[0]["role"] == "assistant":
@@ -834,13 +832,14 @@ def tokenize(messages, tokenizer, context=""):
     parts = render(messages, tokenizer, context)
     if isinstance(parts, str):
         return parts
-    return [(tokenizer(text, add_special_tokens=False).input_ids, learn) for text, learn in parts]
+    return [(tokenizer(text, add_special_tokens=False).input_ids, supervised)
+            for text, supervised in parts]
 
 def encode(examples, tokenizer, flags):
     """(Rows of the examples, Counter of what was dropped or cut and why). Too long a row loses its
     last turns. As tokenize(), but in large batches, for which the tokenizer uses all cores."""
     rows, notes = [], collections.Counter()
-    for start in tqdm(range(0, len(examples), 1000), "tokenise", leave=False, disable=None):
+    for start in tqdm(range(0, len(examples), 1000), unit="k rows", leave=False, disable=None):
         rendered = []
         for example in examples[start:start + 1000]:
             parts = render(example.messages, tokenizer, example.context, flags.max_length)
@@ -888,7 +887,8 @@ def in_batches(work, lengths, budget):
     if ranks() > 1:
         of_ranks = [None] * ranks()
         dist.all_gather_object(of_ranks, results)
-        results = dict(collections.ChainMap(*of_ranks))
+        for found in of_ranks:
+            results |= found
     return [results[i] for i in range(len(lengths))]
 
 def shard(model, flags):
@@ -901,7 +901,7 @@ def shard(model, flags):
         fsdp.fully_shard(
             module, mesh=mesh, reshard_after_forward=True, mp_policy=fsdp.MixedPrecisionPolicy(
                 torch.bfloat16 if flags.dtype == "bf16" else None, reduce_dtype=torch.float32))
-    fsdp.register_fsdp_forward_method(model, "generate")  # a PeftModel's gathers nothing by itself
+    fsdp.register_fsdp_forward_method(model, "generate")  # or a PeftModel's gathers no shards
 
 def add_lora(model, flags):
     """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
@@ -909,7 +909,7 @@ def add_lora(model, flags):
     torch.manual_seed(flags.seed)
     with told("--lora-rank: try without it, or pip install peft"):
         import peft
-        adapted = peft.get_peft_model(model, peft.LoraConfig(  # but for maps that it cannot wrap
+        adapted = peft.get_peft_model(model, peft.LoraConfig(  # all but what it cannot wrap
             r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
             exclude_modules=r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"))
     adapted.print_trainable_parameters()
@@ -937,9 +937,9 @@ def save_checkpoint(model, optimizer, state, folder):
     write(folder / "checkpoint.pt", lambda new: torch.save([state, *weights], new))
 
 def load_state(folder):
-    """(state, weights, optimizer) that a run goes on from: with --resume those of checkpoint.pt,
-    else of step 0. The state is what the run adds to: the steps done, the metrics and outcomes so
-    far, what the first evaluation knew and filter dropped."""
+    """(state, weights, optimizer) that a run goes on from: those of checkpoint.pt, which only a
+    folder of --resume has, else of step 0. The state is what the run adds to, evaluation by
+    evaluation; known: ids by set, from the first one; dropped: the choice of filter."""
     saved = [{"step": 0, "log": {"loss": None}, "known": {},
               "history": [], "outcomes": [], "dropped": [], "run": None}, {}, {}]
     path = folder / "checkpoint.pt"
@@ -956,11 +956,11 @@ def load_state(folder):
 
 def restore(model, optimizer, saved):
     """Move a checkpoint's weights and optimizer out of `saved`, which would keep their memory, and
-    in place, from rank 0 to all."""
+    in place, from rank 0 to all. (set_state_dict, which does both, hangs on several ranks.)"""
     import torch.distributed.checkpoint.state_dict as dcp
     how = dcp.StateDictOptions(**WHOLE, broadcast_from_rank0=ranks() > 1)
-    dcp.set_model_state_dict(model, saved.pop(0), options=how)  # set_state_dict does both, and
-    dcp.set_optimizer_state_dict(model, optimizer, saved.pop(0), options=how)  # hangs elsewhere
+    dcp.set_model_state_dict(model, saved.pop(0), options=how)
+    dcp.set_optimizer_state_dict(model, optimizer, saved.pop(0), options=how)
 
 def save_model(model, tokenizer, folder, flags):
     """Write the finetuned model, adapters merged in, as `from_pretrained` reads it."""
@@ -1000,9 +1000,8 @@ def draw_curves(lines, labels, path):
     axes.set_prop_cycle(color="#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00".split())  # Okabe
     for i, (label, group) in enumerate(groups, 1):
         acc = group.groupby("step")["context_acc"].agg(["mean", "std"]).fillna(0)
-        low, high = acc["mean"] - acc["std"], acc["mean"] + acc["std"]
         curve, = axes.plot(acc["mean"])
-        axes.fill_between(acc.index, low, high, alpha=0.15)
+        axes.fill_between(acc.index, acc["mean"] - acc["std"], acc["mean"] + acc["std"], alpha=0.15)
         place = acc.iloc[len(acc) * i // (len(groups) + 1)]  # labels stand at different steps
         axes.text(place.name, place["mean"] + 0.02, ", ".join(label).replace(", None", ""),
                   color=curve.get_color())
@@ -1011,9 +1010,9 @@ def draw_curves(lines, labels, path):
 
 def rate(hits, n):
     """`hits` of `n` as text, with Wilson's 95% interval, which holds near 0 and 1, too."""
-    share, z = hits / n, 3.84 / n  # 1.96 squared
-    center = (share + z / 2) / (1 + z)
-    reach = math.sqrt(z * (share * (1 - share) + z / 4)) / (1 + z)
+    share, w = hits / n, 1.96 ** 2 / n
+    center = (share + w / 2) / (1 + w)
+    reach = math.sqrt(w * (share * (1 - share) + w / 4)) / (1 + w)
     return f"{hits} of {n} = {share:.2f} [{center - reach:.2f}, {center + reach:.2f}]"
 
 SAYS = {"context_acc": "gives the context's answer",
@@ -1036,18 +1035,18 @@ def describe(name, item, table, tokenizer):
 def report(state, sets, tokenizer, folder, flags):
     """Print the verdict on each set, or what its only evaluation says; write curve.png and, last,
     summary.json, which marks a run that has finished."""
-    last, summaries = {line["set"]: line for line in state["history"]}, {}
+    last, verdicts = {line["set"]: line for line in state["history"]}, {}
     for name, table in pandas.DataFrame(state["outcomes"]).groupby("set", sort=False):
         table = table.dropna(axis=1, how="all")  # columns of other sets
-        summaries[name] = last[name] | summarise(table)
+        verdicts[name] = summarise(table)
         if flags.max_steps == 0:
             describe(name, sets[name][0], table, tokenizer)
     if flags.max_steps != 0:
         print("\ncontext_acc; rise and drop are measured on items that did not choose the peak:",
-              pandas.DataFrame(summaries).loc["start":].to_string(float_format="{:.3f}".format),
-              sep="\n")
+              pandas.DataFrame(verdicts).to_string(float_format="{:.3f}".format), sep="\n")
         draw_curves(pandas.DataFrame(state["history"]), ["set"], folder / "curve.png")
-    write_lines(folder / "summary.json", [summaries])
+    write_lines(folder / "summary.json", [
+        {name: last[name] | verdict for name, verdict in verdicts.items()}])
 
 def compare(folders, path):
     """Print a table of finished runs, those that differ only in their seed as one line, and draw
@@ -1062,10 +1061,9 @@ def compare(folders, path):
             for name, found in json.loads((folder / "summary.json").read_text()).items():
                 runs.append(found | setting | {"set": name})
     runs = pandas.DataFrame(runs)
-    differ = [name for name in [*setting, "set"] if runs[name].nunique() > 1]
-    labels = differ or ["set"]
+    labels = [name for name in [*setting, "set"] if runs[name].nunique() > 1] or ["set"]
     columns = ["start", "peak", "final", "drop"]
-    if not runs["peak_step"].any():
+    if runs["max_steps"].eq("0").all():
         columns = ["closed_book_acc", "context_acc", "parametric_acc", "both", "neither", "margin"]
     groups = runs.reindex(columns=[*labels, *columns]).groupby(labels)
     table = groups.agg(["mean", "std"]).dropna(axis=1, how="all")
@@ -1165,8 +1163,7 @@ def load_model(source, config, tokenizer, flags):
     if ranks() == 1:  # otherwise its shards go there
         model.to(flags.device)
     logits = model.eval()(torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0]
-    require(logits.isfinite().all(), f"--model {flags.model}: its logits are not finite; NaN among "
-            "its weights?")
+    require(logits.isfinite().all(), f"--model {flags.model}: NaN among its weights or logits")
     causal = torch.allclose(*logits, atol=1e-3)  # a token does not see the next one
     require(causal and not info["missing_keys"], f"--model {flags.model} is no causal LM, or lacks "
             f"weights: {info['missing_keys']!r:.200}")
@@ -1218,8 +1215,9 @@ def open_folder(flags):
         folder = Path(f"{first}-{i}" if i > 1 else first)
         if flags.resume and (folder / "checkpoint.pt").exists():
             break
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
     with told(f"--resume {folder}: another run is writing there; wait for its end"):
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
@@ -1237,7 +1235,7 @@ def experiment(flags):
     flags = check_padding(model, flags)
     weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
     probe, rows, total = {}, [], 0
-    if flags.mechanism and examples:
+    if flags.mechanism:
         probe = probe_rows(model, tokenizer, examples, flags)
     if flags.mitigation == "qk":
         train_query_key_only(model)

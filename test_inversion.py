@@ -764,7 +764,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path, capsys, monk
         (f"--compare {tmp_path}/gone", "gone: is no*No such"),
         (f"--compare {junk}", "junk: is no finished run (JSONDec"),
         ("--device banana", "--device banana: cannot*(Runtime"), ("--device meta", "(Runtime"),
-        (f"--model {tmp_path}/nan", "logits are not finite; NaN"),
+        (f"--model {tmp_path}/nan", "nan: NaN among its"),
         (f"--eval-set {file(tmp_path / 'none.json', [dict(messages=[])])}", "no usable eval"),
         (f"--dataset {folder}/rows.json@x", "rows.json@x: pass*Unknown split"),
         ("--lora-rank 1000000000000", "--lora-rank: try"),
