@@ -591,6 +591,7 @@ def world_model(flags):
     key = repr([make_world(flags.seed), PRETRAINING, flags.device, flags.dtype, torch.__version__])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = Path(flags.out_dir or "runs/none").parent / f"world-{flags.seed}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.exists():
             print(f"pretraining the world's base model, once; it is kept in {folder}")
@@ -995,7 +996,8 @@ def draw_curves(lines, labels, path):
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    axes, groups = matplotlib.figure.Figure().subplots(), lines.groupby(labels)
+    figure = matplotlib.figure.Figure(figsize=(5, 3.75), layout="constrained")
+    axes, groups = figure.subplots(), lines.groupby(labels)
     axes.set(xlabel="optimizer steps", ylabel="context_acc", ylim=(0, 1.1))
     axes.set_prop_cycle(color="#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00".split())  # Okabe
     for i, (label, group) in enumerate(groups, 1):
@@ -1005,7 +1007,7 @@ def draw_curves(lines, labels, path):
         place = acc.iloc[len(acc) * i // (len(groups) + 1)]  # labels stand at different steps
         axes.text(place.name, place["mean"] + 0.02, ", ".join(label).replace(", None", ""),
                   color=curve.get_color())
-    write(path, lambda new: axes.figure.savefig(new, dpi=150, format="png"))
+    write(path, lambda new: figure.savefig(new, dpi=200, format="png"))
     print(f"curves in {path}")
 
 def rate(hits, n):
@@ -1048,14 +1050,13 @@ def report(state, sets, tokenizer, folder, flags):
     write_lines(folder / "summary.json", [
         {name: last[name] | verdict for name, verdict in verdicts.items()}])
 
-def compare(folders, path):
-    """Print a table of finished runs, those that differ only in their seed as one line, and draw
-    its curves to `path`."""
+def compare(flags):
+    """Print a table of the runs of --compare, all seeds of a setting as one line, and draw it."""
     runs, lines = [], []
-    for folder in map(Path, folders):
+    for folder in map(Path, flags.compare):
         with told(f"--compare {folder}: is no finished run"):
-            flags = json.loads((folder / "args.json").read_text())
-            setting = {name: str(value) for name, value in flags.items()
+            args = json.loads((folder / "args.json").read_text())
+            setting = {name: str(value) for name, value in args.items()
                        if name not in (*FREE, "seed", "eval_set", "mechanism")}
             lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
             for name, found in json.loads((folder / "summary.json").read_text()).items():
@@ -1069,7 +1070,7 @@ def compare(folders, path):
     table = groups.agg(["mean", "std"]).dropna(axis=1, how="all")
     table["n", ""] = groups.size()
     print(table.to_string(float_format="{:.2f}".format))
-    draw_curves(pandas.concat(lines), labels, path)
+    draw_curves(pandas.concat(lines), labels, Path(flags.out_dir or folder.parent, "compare.png"))
 
 # ========================================================================= 10. flags and main
 
@@ -1139,8 +1140,6 @@ def parse_flags(argv=None):
             most = 1 if name == "mitigation_strength" else 1e12
             require(least <= value <= most, f"--{name.replace('_', '-')} {value}: must be between "
                     f"{least} and {most:g}")
-    with told(f"--device {flags.device}: cannot be used; None takes the best there is"):
-        torch.ones(1, device=flags.device).item()
     flags.dtype = flags.dtype or ("bf16" if "cuda" in flags.device else "fp32")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
@@ -1234,9 +1233,8 @@ def experiment(flags):
     model = load_model(source, config, tokenizer, flags)
     flags = check_padding(model, flags)
     weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
-    probe, rows, total = {}, [], 0
-    if flags.mechanism:
-        probe = probe_rows(model, tokenizer, examples, flags)
+    probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
+    rows, total = [], 0
     if flags.mitigation == "qk":
         train_query_key_only(model)
     if flags.lora_rank:
@@ -1274,11 +1272,13 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     if flags.compare:
-        return compare(flags.compare, Path(flags.out_dir or "runs", "compare.png"))
+        return compare(flags)
     if dist.is_torchelastic_launched() and not dist.is_initialized():  # by torchrun
         if flags.device == "cuda":
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
+    with told(f"--device {flags.device}: cannot be used; None takes the best there is"):
+        torch.ones(1, device=flags.device).item()
     if rank() == 0:
         require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
                 "the world and --mechanism run in one process, without torchrun")
