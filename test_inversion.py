@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
+import filelock
 import pandas
 import pytest
 import tokenizers
@@ -306,6 +307,17 @@ def test_templates_that_refuse_rewrite_think_or_date_and_rows_that_do_not_fit(to
     (one, two), notes = inversion.encode(examples, tokenizer, mock.Mock(max_length=60))
     assert (one.id, two.id) == (0, 1) and torch.equal(one.input_ids, two.input_ids)
     assert notes["cut or dropped: longer than --max-length"] == 2 and notes.total() == 4
+@pytest.mark.parametrize("first", [0, 1])  # with and without a system turn
+def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, tokenizer):
+    tokenizer.chat_template = CHAT
+    turns = TURNS[first:1] + TURNS[1:3] * 2000
+    with mock.patch.object(inversion, "answer_place", wraps=inversion.answer_place) as rendered:
+        (row,), notes = inversion.encode([inversion.Example(1, turns)], tokenizer,
+                                         mock.Mock(max_length=600))
+    short, = inversion.encode([inversion.Example(1, turns[:80])], tokenizer,
+                              mock.Mock(max_length=600))[0]
+    assert rendered.call_count <= 100 and notes.total() == 1
+    assert torch.equal(row.input_ids, short.input_ids) and len(row.input_ids) > 500
 HEAVY = 'Write a quote that ends in the word "heavy":'
 @pytest.mark.parametrize("row, question, context, answers, memory", [
     (CONFLICTS[0], "Capital of France?", CONFLICTS[0]["context"], ["Lyon"], ["Paris"]),
@@ -508,6 +520,7 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     history, told = run(folder, tmp_path / "run", flags), capsys.readouterr().out
     metrics, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "generations.jsonl", "args.json")]
+    assert "without its context the model knows 0%" in told
     assert says in told and "verdict" in told and max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
@@ -537,6 +550,7 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
     start = [found[f"{folder}/conflicts.json"]["start"] for found in (one, two)]
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
     assert none[-1] == "2" and float(none[-6]) == approx(sum(start) / 2, abs=0.01)
+    assert "seed" not in told.partition("curves")[0] and "mitigation" in told
     assert re.search(r"filter .* 1\n", told) and (tmp_path / "compare.png").stat().st_size > 5000
 def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path, capsys):
     squad = f"{folder}/squad.json"
@@ -544,6 +558,11 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
                   "--eval-limit 4 --num-examples 8 --epochs 0.5 --max-steps 99")
     assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
+    told = capsys.readouterr().out.partition("\ncontext_acc;")[2]
+    assert "margin" not in told and told.count("\n") == 8  # verdicts alone, though a control is first
+    (tmp_path / "gone").symlink_to("/no/where")
+    with pytest.raises(FileExistsError):  # told in one line by the script
+        run(folder, tmp_path / "gone/run")
     history = run(folder, tmp_path, f"--dataset {squad} --mitigation filter --template tulu")
     assert "filter: dropped 2 rows with" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
@@ -689,6 +708,8 @@ def test_nonfinite_loss_and_full_disk_leave_what_the_same_run_alone_resumes(
     (out / "checkpoint.pt").write_bytes(whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1:])
     assert "flipped bits" in told()
     (out / "checkpoint.pt").write_bytes(whole)
+    with filelock.FileLock(out / ".lock"):  # as another run would hold it
+        assert "another run is writing there" in told()
     assert len(run(folder, out, flags + " --micro-batch-tokens 99 --eval-batch-tokens 99")) == 4
     (out / "checkpoint.pt").write_bytes(b"torn")
     assert "is damaged" in told()
