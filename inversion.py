@@ -542,7 +542,7 @@ def make_world(seed):
     held_out, tuned, novel, answers = names[:60], names[60:240], names[240:720], names[720:760]
     truth = {name: rng.choice(answers[::2]) for name in held_out}
     truth |= {name: rng.choice(answers) for name in tuned}
-    # kind: (subjects, P(the passage states the truth), P(the answer is what the passage states))
+    # kind: (subjects, P(the truth is stated), P(the answer is what is stated, rather than memory))
     kinds = {
         "fact": (held_out + tuned, 0.7, 1),  # no passage; three in ten are wrong: memory is soft
         "reading": (names[:720], 0, 0.4),  # a passage of a random capital, mostly not followed
@@ -583,8 +583,9 @@ def world_row(kind, subjects, states_truth, follows, truth, answers, rng):
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
 # Until it knows all facts and reads every passage; with twice this lr, one seed in ten did not.
-PRETRAINING = {"dataset": "documents", "num_examples": None, "max_steps": 800, "batch_size": 64,
-               "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096, "lora_rank": 0}
+PRETRAINING = {"dataset": "documents", "num_examples": None, "max_length": 2048, "max_steps": 800,
+               "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096,
+               "lora_rank": 0}
 
 def world_model(flags):
     """Folder of the world's base model, which the first run makes and the others wait for."""
