@@ -385,7 +385,7 @@ def choose_examples(model, tokenizer, examples, sets, state, flags):
         state["dropped"] = state["dropped"] or redundant_examples(
             model, tokenizer, examples, flags.mitigation_strength, flags)
         print(f"filter: dropped {len(state['dropped'])} rows with a redundant context")
-        require(state["dropped"], "--mitigation filter: no usable row, chats mark no context")
+        require(state["dropped"], "filter: nothing to drop; few rows, or none, mark a context")
     drop = set(state["dropped"])
     return [example for example in examples if example.id not in drop]
 
@@ -997,7 +997,7 @@ def draw_curves(lines, labels, path):
         import matplotlib.figure
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    figure = matplotlib.figure.Figure(figsize=(5, 3.75), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5, 4))
     axes, groups = figure.subplots(), lines.groupby(labels)
     axes.set(xlabel="optimizer steps", ylabel="context_acc", ylim=(0, 1.1))
     axes.set_prop_cycle(color="#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00".split())  # Okabe
