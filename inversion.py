@@ -12,7 +12,7 @@ causal LM, asks it questions with counterfactual contexts every few steps, and d
 
 Parts 1 to 5 are to be read: what is measured, training, remedies, why, how sure. The rest is
 plumbing that you may skip; they use its encode and tokenize (texts to token ids), in_batches
-(sorted, padded batches), deal (a GPU's share of them) and require (or exit with one line).
+(work on padded batches), rank and ranks (GPUs) and require (or exit with one line).
 """
 import argparse
 import ast
@@ -67,6 +67,9 @@ class Row:
     id: object
     input_ids: torch.Tensor  # (length,) int32
     labels: torch.Tensor     # the same, but -100 where nothing is to be learned: the prompt
+
+    def __len__(self):
+        return len(self.input_ids)
 
     @property
     def targets(self):
@@ -140,8 +143,8 @@ def to_item(conflict, tokenizer):
 
 def generate(model, tokenizer, prompts, flags):
     """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
-    def answer(indices):
-        ids = pad_sequence([torch.tensor(prompts[i]) for i in indices], batch_first=True,
+    def answer(batch):
+        ids = pad_sequence([torch.tensor(prompt) for prompt in batch], batch_first=True,
                            padding_value=-1, padding_side="left").to(model.device)
         with autocast(flags):
             out = model.generate(
@@ -149,8 +152,7 @@ def generate(model, tokenizer, prompts, flags):
                 max_new_tokens=flags.max_new_tokens, synced_gpus=ranks() > 1)
         return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
-    return in_batches(answer, [len(prompt) + flags.max_new_tokens for prompt in prompts],
-                      flags.eval_batch_tokens)
+    return in_batches(answer, prompts, flags, room=flags.max_new_tokens)
 
 CELLS = {"context_only": (True, False), "parametric_only": (False, True), "both": (True, True),
          "neither": (False, False)}  # what score() says
@@ -210,16 +212,19 @@ def autocast(flags):
     """bf16 arithmetic if asked for; weights stay in fp32, as bf16 would round most updates away."""
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
-def micro_batches(lengths, budget):
-    """Indices of `lengths`, the longest first, cut into lists of at most `budget` tokens, padding
-    included, or of one row. Sorting leaves little padding; packing rows into one sequence would
-    leave none, but in some model families such rows see each other."""
-    batches = []
+def micro_batches(sequences, budget, room=0):
+    """Indices of `sequences`, the longest first, cut into lists of at most `budget` tokens, padding
+    and `room` for more of each included, or of one row; of these batches, this rank's share, as
+    (batch, True). Sorting leaves little padding; packing rows into one sequence would leave none,
+    but in some model families such rows see each other. All ranks get equally many batches, or they
+    would wait for each other for ever: a short share is filled up with (a batch, False)."""
+    batches, lengths = [], [len(sequence) + room for sequence in sequences]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
             batches.append([])
         batches[-1].append(i)
-    return batches
+    for i in range(rank(), math.ceil(len(batches) / ranks()) * ranks(), ranks()):
+        yield batches[i % len(batches)], i < len(batches)
 
 def row_logp(model, rows, flags):
     """Log-probability of each row's targets, summed, with gradient: a tensor (rows,) in fp32.
@@ -241,10 +246,7 @@ def row_logp(model, rows, flags):
 @torch.no_grad()
 def target_logp(model, rows, flags):
     """row_logp of any number of rows, without gradient: a list of numbers."""
-    def work(indices):
-        return row_logp(model, [rows[i] for i in indices], flags).tolist()
-
-    return in_batches(work, [len(row.input_ids) for row in rows], flags.eval_batch_tokens)
+    return in_batches(lambda batch: row_logp(model, batch, flags).tolist(), rows, flags)
 
 def train_step(model, optimizer, batch, flags):
     """One optimizer step on the rows of `batch`; returns its loss.
@@ -254,10 +256,8 @@ def train_step(model, optimizer, batch, flags):
     by how few others happen to share its micro-batch."""
     model.train()
     targets = sum(row.targets for row in batch)
-    lengths = [len(row.input_ids) for row in batch]
     step_loss = torch.zeros((), device=flags.device)
-    # real: False for a batch that only fills up this GPU's share
-    for indices, real in deal(micro_batches(lengths, flags.micro_batch_tokens)):
+    for indices, real in micro_batches(batch, flags.micro_batch_tokens):
         loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * real
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
         step_loss += loss.detach()
@@ -287,8 +287,7 @@ def batch_of(rows, step, flags):
 def train(model, tokenizer, rows, sets, probe, total, state, saved, folder, flags):
     """Finetune in place for `total` optimizer steps and evaluate at intervals: the paper's curve.
     sets: {name: items}; probe: {kind: rows} of part 4, or {}; state, saved: see load_state."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
     if state["step"]:
         restore(model, optimizer, saved)
     for step in tqdm(range(state["step"], total + 1), disable=None):
@@ -442,7 +441,7 @@ def gradient(model, rows, weights, flags):
     """(sum over rows of weight x log-probability of the row's targets, its gradient as one vector).
     By backward() into .grad, as in training, so that the hooks of qk act; leaves .grad empty."""
     total = 0.0
-    for indices in micro_batches([len(row.input_ids) for row in rows], flags.micro_batch_tokens):
+    for indices, _ in micro_batches(rows, flags.micro_batch_tokens):
         logp = row_logp(model, [rows[i] for i in indices], flags)
         value = (logp * logp.new_tensor([weights[i] for i in indices])).sum()
         value.backward()
@@ -509,15 +508,13 @@ def summarise(outcomes):
     groups = outcomes.pivot_table(index="group", columns="step", values="context_acc")
     if len(groups) < 6:
         return found
-    changes, halves = [], (groups[::2], groups[1::2])
-    for mine, others in (halves, halves[::-1]):
-        at_peak = mine[others.mean().idxmax()]
-        changes.append(pandas.DataFrame({"rise": at_peak - mine.iloc[:, 0],
-                                         "drop": at_peak - mine.iloc[:, -1]}))
-    changes, free = pandas.concat(changes), len(groups) - 1
-    reach = changes.sem() * (1.96 + 2.9 / free)  # Student's t, to 1% for six groups and more
-    for name, mean in changes.mean().items():
-        found |= {name: mean, f"{name}_low": mean - reach[name], f"{name}_high": mean + reach[name]}
+    one, other = groups[::2], groups[1::2]
+    at_peak = pandas.concat([one[other.mean().idxmax()], other[one.mean().idxmax()]])
+    student_t = 1.96 + 2.9 / (len(groups) - 1)  # to 1%, for six groups and more
+    for name, column in (("rise", 0), ("drop", -1)):
+        change = at_peak - groups.iloc[:, column]  # group by group
+        mean, reach = change.mean(), change.sem() * student_t
+        found |= {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
     both = "inversion" if "margin" in outcomes else "both"
     verdicts = ("no change shown", "a rise", "a fall", both)  # index: 1 for a rise, 2 for a fall
     return found | {"verdict": verdicts[(found["rise_low"] > 0) + 2 * (found["drop_low"] > 0)]}
@@ -653,14 +650,13 @@ def load_rows(name, flags):
     rows = make_world(flags.seed).get(name) if flags.model == "world" else None
     if rows is None:
         source, _, split = SOURCES.get(name, name).partition("@")
-        kind, how = FILE_TYPES.get(Path(source).suffix), {"split": split or "train"}
-        if kind:
-            source, how["data_files"] = kind, source
+        kind = FILE_TYPES.get(Path(source).suffix)
         with told(f"{name}: pass a file, folder, hub id or one of {', '.join(SOURCES)}"):
             import datasets  # 0.8 s: only when rows are loaded
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once
-            rows = list(datasets.load_dataset(source, **how))
+            rows = list(datasets.load_dataset(
+                kind or source, data_files=source if kind else None, split=split or "train"))
     found = []
     for number, row in enumerate(rows, 1):
         with told(f"{name}, row {number}"):
@@ -871,27 +867,19 @@ def ranks():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def deal(batches):
-    """This rank's share of the batches, as (batch, True). All ranks get equally many, or they would
-    wait for each other for ever: a short share is filled up with (a batch, False), not to count."""
-    for i in range(rank(), math.ceil(len(batches) / ranks()) * ranks(), ranks()):
-        yield batches[i % len(batches)], i < len(batches)
-
-def in_batches(work, lengths, budget):
-    """Results of work(indices), a list per batch, for sequences of these lengths: all of them, in
+def in_batches(work, sequences, flags, room=0):
+    """Results of work(batch), a list per batch, for all sequences (Rows or lists of token ids), in
     order, on every rank. Batches hold similar lengths; each rank works on its share."""
     results = {}
-    shares = list(deal(micro_batches(lengths, budget)))
-    for indices, real in tqdm(shares, leave=False, disable=None):
-        found = work(indices)
-        if real:
-            results |= zip(indices, found)
+    batches = list(micro_batches(sequences, flags.eval_batch_tokens, room))
+    for indices, _ in tqdm(batches, leave=False, disable=None):
+        results |= zip(indices, work([sequences[i] for i in indices]))
     if ranks() > 1:
         of_ranks = [None] * ranks()
         dist.all_gather_object(of_ranks, results)
         for found in of_ranks:
             results |= found
-    return [results[i] for i in range(len(lengths))]
+    return [results[i] for i in range(len(sequences))]
 
 def shard(model, flags):
     """Spread weights, gradients and optimizer over the ranks with FSDP2, a decoder layer at a time:
@@ -1060,8 +1048,8 @@ def compare(flags):
             setting = {name: str(value) for name, value in args.items()
                        if name not in (*FREE, "seed", "eval_set", "mechanism")}
             lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
-            for name, found in json.loads((folder / "summary.json").read_text()).items():
-                runs.append(found | setting | {"set": name})
+            summary = json.loads((folder / "summary.json").read_text())
+            runs += [found | setting for found in summary.values()]
     runs = pandas.DataFrame(runs)
     labels = [name for name in [*setting, "set"] if runs[name].nunique() > 1] or ["set"]
     columns = ["start", "peak", "final", "drop"]
