@@ -213,11 +213,12 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Indices of `sequences`, the longest first, cut into lists of at most `budget` tokens, padding
-    and `room` for more of each included, or of one row; of these batches, this rank's share, as
-    (batch, True). Sorting leaves little padding; packing rows into one sequence would leave none,
-    but in some model families such rows see each other. All ranks get equally many batches, or they
-    would wait for each other for ever: a short share is filled up with (a batch, False)."""
+    """Yield (indices of some `sequences`, True), the longest first: of at most `budget` tokens with
+    their padding and `room` for more tokens of each, or of one sequence. Sorting leaves little
+    padding; packing rows into one sequence would leave none, but some model families mix them up.
+
+    On several GPUs, yield this one's share. All need equally many batches, or they would wait for
+    each other for ever: a short share is filled up with (a batch, False), which shall not count."""
     batches, lengths = [], [len(sequence) + room for sequence in sequences]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
@@ -622,7 +623,7 @@ def pretrain(folder, flags):
 
 PAPER = ("https://raw.githubusercontent.com/locuslab/context-parametric-inversion/"
          "6f989849656f433d4520eaf0b9af6e3bb6a7ae70/")
-SOURCES = {  # short name: hub id @ split, or file of the paper
+SOURCES = {  # short name: hub id @ split, or file of the paper; Alpaca is CC BY-NC 4.0
     "alpaca": "tatsu-lab/alpaca@train", "tulu": "allenai/tulu-v2-sft-mixture@train",
     "ultrachat": "HuggingFaceH4/ultrachat_200k@train_sft", "squad": "rajpurkar/squad@validation",
     "world_facts": PAPER + "world_facts.json", "capitals": PAPER + "country_capitals_only.json",
