@@ -787,8 +787,7 @@ def answer_place(turns, tokenizer):
     end = ends(rest) or ends(show(mark, {"role": "user", "content": "Go on."})[2])  # or later
     if "<think>" in tokenizer.chat_template:  # no thoughts: an empty block is part of the prompt
         opening = show(add_generation_prompt=True)[0]
-        if opening.rstrip().endswith("<think>"):
-            opening = opening.rstrip() + "\n\n</think>\n\n"
+        opening = re.sub(r"<think>\s*$", "<think>\n\n</think>\n\n", opening)
         if opening.rstrip().endswith("</think>") and not prompt.startswith(opening):
             prompt = opening
     return prompt, end[0] if end else tokenizer.eos_token
@@ -1049,9 +1048,8 @@ def compare(flags):
             setting = {name: str(value) for name, value in args.items()
                        if name not in (*FREE, "seed", "eval_set", "mechanism")}
             lines.append(pandas.read_json(folder / "metrics.jsonl", lines=True).assign(**setting))
-            summary = json.loads((folder / "summary.json").read_text())
-            runs += [found | setting for found in summary.values()]
-    runs = pandas.DataFrame(runs)
+            runs.append(pandas.read_json(folder / "summary.json", orient="index").assign(**setting))
+    runs = pandas.concat(runs)
     labels = [name for name in [*setting, "set"] if runs[name].nunique() > 1] or ["set"]
     columns = ["start", "peak", "final", "drop"]
     if runs["max_steps"].eq("0").all():
