@@ -475,8 +475,9 @@ def test_kinds_subsets_and_added_rows(folder, tmp_path, capsys):
     model, tokenizer, _, examples, flags = load(folder, chats)
     assert {e.context for e in examples} == {""}
     assert list(inversion.probe_rows(model, tokenizer, examples, flags)) == ["recall"]
-    for more, told in (("--subset context", "no usable row, chats mark no context"),
-                       ("--mitigation filter", "nothing to drop; few rows, or none, mark a context")):
+    for more, told in (
+            ("--subset context", "no usable row, chats mark no context"),
+            ("--mitigation filter", "nothing to drop; few rows, or none, mark a context")):
         assert told in refused(capsys, run, folder, tmp_path, f"{chats} {more}")
 @pytest.mark.parametrize("family", CONFIGS)
 def test_batched_generation_and_attention_are_those_of_one_prompt(family, folder):
@@ -560,7 +561,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
     told = capsys.readouterr().out.partition("\ncontext_acc;")[2]
-    assert "margin" not in told and told.count("\n") == 8  # verdicts alone, though a control is first
+    assert "margin" not in told and told.count("\n") == 8  # verdicts alone; first a control
     (tmp_path / "gone").symlink_to("/no/where")
     with pytest.raises(FileExistsError):  # told in one line by the script
         run(folder, tmp_path / "gone/run")
