@@ -1220,6 +1220,7 @@ def experiment(flags):
     tokenizer, sets, examples = load_data(source, config, positions, flags)
     model = load_model(source, config, tokenizer, flags)
     flags = check_padding(model, flags)
+    # of the base model: a sum over the bytes of each parameter
     weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     rows, total = [], 0
@@ -1240,6 +1241,7 @@ def experiment(flags):
             print(f"{flags.dataset}: {len(rows)} rows", dict(notes))
             total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
             total = min(total, flags.max_steps or total)
+        # what a run that is resumed must have in common with the one that it goes on from
         run = repr([flags._replace(**dict.fromkeys(FREE)), weights, sets,
                     [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
         run = hashlib.sha256(run.encode()).hexdigest()
@@ -1265,7 +1267,7 @@ def main(argv=None):
         if flags.device == "cuda":
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
-    with told(f"--device {flags.device}: cannot be used; None takes the best there is"):
+    with told(f"--device {flags.device}: cannot be used; leave it out for the best there is"):
         torch.ones(1, device=flags.device).item()
     if rank() == 0:
         require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
@@ -1285,4 +1287,4 @@ if __name__ == "__main__":
         require(False, "out of memory: lower --micro-batch-tokens and --eval-batch-tokens, or pass "
                 "--activation-checkpointing; all of them may change on --resume", status=1)
     except OSError as error:
-        require(False, f"{error!r:.200}", status=1)
+        require(False, str(error), status=1)
