@@ -1222,8 +1222,7 @@ def experiment(flags):
     tokenizer, sets, examples = load_data(source, config, positions, flags)
     model = load_model(source, config, tokenizer, flags)
     flags = check_padding(model, flags)
-    # of the base model: a sum over the bytes of each parameter
-    weights = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
+    byte_sums = [p.detach().flatten().view(torch.uint8).sum().item() for p in model.parameters()]
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     rows, total = [], 0
     if flags.mitigation == "qk":
@@ -1231,7 +1230,8 @@ def experiment(flags):
     if flags.lora_rank:
         model = add_lora(model, flags)
     if flags.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        with told("--activation-checkpointing: run without it"):
+            model.gradient_checkpointing_enable()
     if ranks() > 1:
         shard(model, flags)
     with open_folder(flags) as folder:
@@ -1245,7 +1245,7 @@ def experiment(flags):
             total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
             total = min(total, flags.max_steps or total)
         # what a run that is resumed must have in common with the one that it goes on from
-        run = repr([flags._replace(**dict.fromkeys(FREE)), weights, sets,
+        run = repr([flags._replace(**dict.fromkeys(FREE)), byte_sums, sets,
                     [(row.id, row.targets, row.input_ids.sum()) for row in rows]])
         run = hashlib.sha256(run.encode()).hexdigest()
         require(state["run"] in (None, run), f"--resume {folder}: that run had other flags (see "
