@@ -518,9 +518,12 @@ def summarise(outcomes):
         change = at_peak - groups.iloc[:, column]  # group by group
         mean, reach = change.mean(), change.sem() * student_t
         found |= {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
-    both = "inversion" if "margin" in outcomes else "both"
-    verdicts = ("no change shown", "a rise", "a fall", both)  # index: 1 for a rise, 2 for a fall
-    return found | {"verdict": verdicts[(found["rise_low"] > 0) + 2 * (found["drop_low"] > 0)]}
+    rises, falls = found["rise_low"] > 0, found["drop_low"] > 0
+    if rises and falls:
+        found["verdict"] = "inversion" if "margin" in outcomes else "both"  # of a control
+    elif rises or falls:
+        found["verdict"] = "a rise" if rises else "a fall"
+    return found
 
 # ================================================================== 6. the built-in world
 
