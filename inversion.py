@@ -215,9 +215,9 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Yield (indices of some `sequences`, True), the longest first: of at most `budget` tokens with
-    their padding and `room` for more tokens of each, or of one sequence. Sorting leaves little
-    padding; packing rows into one sequence would leave none, but some model families mix them up.
+    """Yield batches as (indices into `sequences`, True), the longest sequences first. A batch has
+    at most `budget` tokens, padding and `room` more a sequence included, or one sequence only.
+    Sorting leaves little padding; packing would leave none, but some model families mix rows up.
 
     On several GPUs, yield this one's share. All need equally many batches, or they would wait for
     each other for ever: a short share is filled up with (a batch, False), which shall not count."""
@@ -260,6 +260,7 @@ def train_step(model, optimizer, batch, flags):
     model.train()
     targets = sum(row.targets for row in batch)
     step_loss = torch.zeros((), device=flags.device)
+    # real: False where a batch is repeated to keep step with the other GPUs; it then counts as 0
     for indices, real in micro_batches(batch, flags.micro_batch_tokens):
         loss = -row_logp(model, [batch[i] for i in indices], flags).sum() / targets * real
         (loss * ranks()).backward()  # several GPUs average their gradients: this makes it a sum
@@ -508,14 +509,14 @@ def summarise(outcomes):
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "peak": accs.max(), "peak_step": int(accs.idxmax()),
              "final": accs.iloc[-1], "verdict": "no change shown"}
-    groups = outcomes.pivot_table(index="group", columns="step", values="context_acc")
-    if len(groups) < 6:
+    by_group = outcomes.pivot_table(index="group", columns="step", values="context_acc")
+    if len(by_group) < 6:
         return found
-    one, other = groups[::2], groups[1::2]
+    one, other = by_group[::2], by_group[1::2]
     at_peak = pandas.concat([one[other.mean().idxmax()], other[one.mean().idxmax()]])
-    student_t = 1.96 + 2.9 / (len(groups) - 1)  # to 1%, for six groups and more
+    student_t = 1.96 + 2.9 / (len(by_group) - 1)  # to 1%, for six groups and more
     for name, column in (("rise", 0), ("drop", -1)):
-        change = at_peak - groups.iloc[:, column]  # group by group
+        change = at_peak - by_group.iloc[:, column]  # group by group
         mean, reach = change.mean(), change.sem() * student_t
         found |= {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
     rises, falls = found["rise_low"] > 0, found["drop_low"] > 0
@@ -572,7 +573,7 @@ def make_world(seed):
                         for name in tuned * 12]}
 
 def world_row(kind, subjects, states_truth, follows, truth, answers, rng):
-    """A random row of a kind; its numbers are explained above."""
+    """A random row of a kind, with the subjects and probabilities of make_world's table."""
     subject = about = rng.choice(subjects)
     memory = truth.get(subject) or rng.choice(answers)
     stated = memory if rng.random() < states_truth else rng.choice(answers)
@@ -643,8 +644,8 @@ def require(holds, message, status=2):
         raise SystemExit(status)
 
 @contextlib.contextmanager
-def told(what, status=2):
-    """Any failure inside ends with one line: `what`, and the error."""
+def or_exit(what, status=2):
+    """Do what is inside, or exit with one line: `what` failed or is to be done, and the error."""
     try:
         yield
     except Exception as error:  # of many types
@@ -657,7 +658,7 @@ def load_rows(name, flags):
     if rows is None:
         source, _, split = SOURCES.get(name, name).partition("@")
         kind = FILE_TYPES.get(Path(source).suffix)
-        with told(f"{name}: pass a file, folder, hub id or one of {', '.join(SOURCES)}"):
+        with or_exit(f"{name}: pass a file, folder, hub id or one of {', '.join(SOURCES)}"):
             import datasets  # 0.8 s: only when rows are loaded
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once
@@ -665,7 +666,7 @@ def load_rows(name, flags):
                 kind or source, data_files=source if kind else None, split=split or "train"))
     found = []
     for number, row in enumerate(rows, 1):
-        with told(f"{name}, row {number}"):
+        with or_exit(f"{name}, row {number}"):
             found.append((number, *parse_row(row)))
     return found
 
@@ -816,11 +817,13 @@ def render(messages, tokenizer, context="", max_length=math.inf):
                 answer = prompt[len(bare):] + turn["content"] + end
                 parts += [(bare[len(done):], False), (answer, True)]
                 done = bare + answer
+                # a look once in a hundred turns, at the answer among two of them
                 if i % 100 > 97 and len(tokenizer(done).input_ids) > max_length:
                     break
     except Exception as error:  # jinja raises nearly anything
-        if messages[0]["role"] == "system" and len(messages) > 1:  # refused, perhaps: fold it
-            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"  # into the next turn
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            # refused, perhaps: fold it into the next turn
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             return render([dict(messages[1], content=content), *messages[2:]], tokenizer, context,
                           max_length)
         return f"the template refuses the turns ({error!r:.200})"
@@ -902,7 +905,7 @@ def add_lora(model, flags):
     """The model with fp32 adapters on its linear layers. They are evaluated beside the weights;
     --save-model merges them."""
     torch.manual_seed(flags.seed)
-    with told("--lora-rank: try without it, or pip install peft"):
+    with or_exit("--lora-rank: try without it, or pip install peft"):
         import peft
         adapted = peft.get_peft_model(model, peft.LoraConfig(  # all but what it cannot wrap
             r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
@@ -913,7 +916,7 @@ def add_lora(model, flags):
 def write(path, save):
     """A file or folder, whole or not at all: save(new) makes it beside `path`; then it moves."""
     new = Path(f"{path}.new")
-    with told(f"{path}: cannot be written, is the disk full? What was there before is kept", 1):
+    with or_exit(f"{path}: cannot be written, is the disk full? What was there before is kept", 1):
         save(new)
         shutil.rmtree(path, ignore_errors=True)  # a folder cannot be replaced, a file can
         new.replace(path)
@@ -939,7 +942,7 @@ def load_state(folder):
               "history": [], "outcomes": [], "dropped": [], "run": None}, {}, {}]
     path = folder / "checkpoint.pt"
     if path.exists():
-        with told(f"{path}: is damaged; without it --resume starts anew"):
+        with or_exit(f"{path}: is damaged; without it --resume starts anew"):
             require(not zipfile.ZipFile(path).testzip(), f"{path}: has a part with flipped bits")
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         print(f"{path}: going on after step {saved[0]['step']}")
@@ -1048,7 +1051,7 @@ def compare(flags):
     """Print a table of the runs of --compare, all seeds of a setting as one line, and draw it."""
     runs, lines = [], []
     for folder in map(Path, flags.compare):
-        with told(f"--compare {folder}: is no finished run"):
+        with or_exit(f"--compare {folder}: is no finished run"):
             args = json.loads((folder / "args.json").read_text())
             setting = {name: str(value) for name, value in args.items()
                        if name not in (*FREE, "seed", "eval_set", "mechanism")}
@@ -1057,7 +1060,7 @@ def compare(flags):
     runs = pandas.concat(runs)
     labels = [name for name in [*setting, "set"] if runs[name].nunique() > 1] or ["set"]
     columns = ["start", "peak", "final", "drop"]
-    if runs["max_steps"].eq("0").all():
+    if runs["max_steps"].eq("0").all():  # only measured
         columns = ["closed_book_acc", "context_acc", "parametric_acc", "both", "neither", "margin"]
     groups = runs.reindex(columns=[*labels, *columns]).groupby(labels)
     table = groups.agg(["mean", "std"]).dropna(axis=1, how="all")
@@ -1138,8 +1141,8 @@ def parse_flags(argv=None):
 
 def load_pretrained(auto, source, **how):
     """What `auto` reads from a hub id or folder, without running any of its code."""
-    with told(f"--model {source}: cannot be loaded as a causal LM; pass a hub id or a local folder "
-              "with config.json, tokenizer and .safetensors"):
+    with or_exit(f"--model {source}: cannot be loaded as a causal LM; pass a hub id or a local "
+                 "folder with config.json, tokenizer and .safetensors"):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
 
 def load_model(source, config, tokenizer, flags):
@@ -1184,8 +1187,8 @@ def load_data(source, config, positions, flags):
     return tokenizer, sets, examples
 
 def check_padding(model, flags):
-    """The flags, with answers one by one if the model sees left padding, as rwkv does: nine tokens
-    of it before nine others change its logits by more than rounding, in bf16, does."""
+    """The flags, with answers one by one if the model sees left padding, as rwkv does: then nine
+    tokens of padding change its logits after nine others by more than bf16 would round them."""
     logits = []
     for padding in (0, 9):
         ids = torch.arange(-padding, 9, device=model.device)[None]  # below 0: padding
@@ -1211,7 +1214,7 @@ def open_folder(flags):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             break
-    with told(f"--resume {folder}: another run is writing there; wait for its end"):
+    with or_exit(f"--resume {folder}: another run is writing there; wait for its end"):
         lock = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     with lock:  # gone when this process ends, however it does
         yield folder
@@ -1233,7 +1236,7 @@ def experiment(flags):
     if flags.lora_rank:
         model = add_lora(model, flags)
     if flags.activation_checkpointing:
-        with told("--activation-checkpointing: run without it"):
+        with or_exit("--activation-checkpointing: run without it"):
             model.gradient_checkpointing_enable()
     if ranks() > 1:
         shard(model, flags)
@@ -1273,7 +1276,7 @@ def main(argv=None):
         if flags.device == "cuda":
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group()  # gloo on a CPU, NCCL on GPUs
-    with told(f"--device {flags.device}: cannot be used; leave it out for the best there is"):
+    with or_exit(f"--device {flags.device}: cannot be used; leave it out for the best there is"):
         torch.ones(1, device=flags.device).item()
     if rank() == 0:
         require(ranks() == 1 or flags.model != "world" and not flags.mechanism,
