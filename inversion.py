@@ -651,6 +651,18 @@ def or_exit(what, status=2):
     except Exception as error:  # of many types
         require(False, f"{what} ({error.__cause__ or error!r:.200})", status)
 
+def download(address):
+    """Path of a copy of the file at an address, kept beside the cache of datasets; datasets would
+    need aiohttp for it, which it does not bring."""
+    import datasets
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "addresses")
+    path = folder / re.sub(r"[^\w.-]+", "-", address)
+    if not path.exists():
+        with or_exit(f"{address}: cannot be reached; download it elsewhere and pass the file"):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, str(path), progress=False)
+    return str(path)
+
 def load_rows(name, flags):
     """[(row number, *parse_row)] of a short name, file, folder or hub id; ID@SPLIT picks a split
     other than train. Exits with one line that names set, row and key."""
@@ -658,6 +670,8 @@ def load_rows(name, flags):
     if rows is None:
         source, _, split = SOURCES.get(name, name).partition("@")
         kind = FILE_TYPES.get(Path(source).suffix)
+        if source.startswith(("http://", "https://")):
+            source = download(source)
         with or_exit(f"{name}: pass a file, folder, hub id or one of {', '.join(SOURCES)}"):
             import datasets  # 0.8 s: only when rows are loaded
             datasets.disable_progress_bars()

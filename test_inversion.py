@@ -1,11 +1,13 @@
 """Tests: python -m pytest -q (CPU, offline). Tiny random models, a tokenizer trained here and files
 in a temporary folder stand in for real ones. The first eight tests are the ones to read."""
+import http.server
 import json
 import random
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -364,6 +366,35 @@ def test_files_of_every_type_give_the_same_rows(tmp_path):
         found = inversion.load_rows(str(tmp_path / name), inversion.parse_flags(["--model", "x"]))
         assert found == [(i, *inversion.parse_row(row)) for i, row in enumerate(rows, 1)], name
     assert found[1][1][0]["content"] == "b\u2028c"
+def test_a_file_at_an_address_is_read_once_and_without_aiohttp(tmp_path, monkeypatch, capsys):
+    """The paper's sets are addresses; requirements.txt brings no aiohttp, and datasets needs it."""
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # importing it fails
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = []
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+        def log_request(self, code="-", size="-"):
+            asked.append(self.path)
+    table = datasets.Dataset.from_list(CONFLICTS)
+    table.to_json(tmp_path / "c.jsonl")
+    table.to_csv(tmp_path / "c.csv")
+    table.to_parquet(tmp_path / "c.parquet")
+    file(tmp_path / "c.json", CONFLICTS)
+    flags = inversion.parse_flags(["--model", "x"])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in ("c.jsonl", "c.csv", "c.parquet", "c.json"):
+            rows = [inversion.load_rows(f"{address}/{name}", flags) for _ in range(2)]
+            local = inversion.load_rows(str(tmp_path / name), flags)
+            assert rows[0] == rows[1] == local and len(local) == 6, name
+        monkeypatch.setitem(inversion.SOURCES, "world_facts", f"{address}/c.json")
+        assert len(inversion.load_conflicts("world_facts", flags)) == 6
+        told = refused(capsys, inversion.load_rows, f"{address}/none.json", flags)
+        server.shutdown()
+    assert asked == ["/c.jsonl", "/c.csv", "/c.parquet", "/c.json", "/none.json"]
+    assert "none.json: cannot be reached; download it elsewhere and pass the file" in told
 def test_metrics_and_what_is_known_by_hand(folder, monkeypatch):
     """Four conflicts: C, P, both, neither; the base model knew the first two; one control."""
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
