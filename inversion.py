@@ -16,33 +16,15 @@ Start at `experiment` in part 10. Parts 1 to 5 are the paper, 6 to 9 plumbing. T
     row of a file -> Conflict, a question whose context contradicts memory -> Item, its tokens
         -> outcome, what an evaluation found of it -> line of metrics, of a set in an evaluation
 """
-import argparse
-import ast
-import collections
-import contextlib
-import datetime
-import functools
-import itertools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import sys
-import unicodedata
-import urllib.request
-import zlib
+import argparse, ast, collections, contextlib, datetime, functools, itertools, json, math, os
+import random, re, shutil, sys, unicodedata, urllib.request, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas
-import tokenizers
-import torch
+import pandas, tokenizers, torch, transformers
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
-import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -57,7 +39,7 @@ class Example:
 class Row:
     """Tokens to train on."""
     id: object               # of its example
-    input_ids: torch.Tensor  # (length,) int32
+    input_ids: torch.Tensor  # (length,)
     labels: torch.Tensor     # the same, but -100 where nothing is to be learnt: the prompt
 
     def __len__(self):
@@ -130,8 +112,7 @@ def score(text, conflict):
         context 5, memory 1500              It was 2.5 or -5    (0, 0)     1,500, not 5%     (1, 1)
         context Vitamin C, memory The Hague vitamin A           (0, 0)     Hague             (0, 1)
         context J.K. Rowling, memory Łódź   J. K. Rowling       (1, 0)     Lodz              (0, 1)
-        context パリ, memory 서울             バリ島               (0, 0)     서울은             (0, 1)
-    """
+        context パリ, memory 서울             バリ島               (0, 0)     서울은             (0, 1)"""
     said = plain(text).replace(plain(conflict.question), "", 1)
     return (contains(said, conflict.context_answers, conflict.parametric_answers),
             contains(said, conflict.parametric_answers, conflict.context_answers))
@@ -161,13 +142,12 @@ def load_conflicts(name, flags):
     """The Conflicts of a set; what cannot be scored is dropped and counted."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
-        question = example.messages[-2:][0]["content"]
+        context, question = example.context, example.messages[-2:][0]["content"]
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
-        if example.context and mine and plain_answer(answers[0]) not in map(plain_answer, memory):
-            found.setdefault((example.context, question, *answers), Conflict(
-                example.id, question, example.context, mine, theirs))
-    print(f"{name}: {len(found)} of {len(rows)} items (left out: repeats, and what has no context "
-          "or answer of its own)")
+        if context and mine and plain_answer(answers[0]) not in map(plain_answer, memory):
+            conflict = Conflict(example.id, question, context, mine, theirs)
+            found.setdefault((context, question, *answers), conflict)
+    print(f"{name}: {len(found)} of {len(rows)} items: not repeats, nor without context or answer")
     return list(found.values())
 
 def question_and_answer(question, answer):
@@ -178,7 +158,7 @@ def to_row(id, parts):
     """The Row of [(token ids, supervised), ...]."""
     ids = [token for part, _ in parts for token in part]
     labels = [token if supervised else -100 for part, supervised in parts for token in part]
-    return Row(id, *torch.tensor([ids, labels], dtype=torch.int32))
+    return Row(id, *torch.tensor([ids, labels]))
 
 def to_item(conflict, tokenizer):
     """The Item of a Conflict; its prompt has the same ids as in training, by construction."""
@@ -205,34 +185,33 @@ def generate(model, tokenizer, prompts, flags):
 def find_known(model, tokenizer, items, closed_book_texts, flags):
     """Ids of the items whose memorised answer comes without the context: in the template or, as a
     base model does not answer in it yet, in the first line after the bare question."""
-    conflicts, known = [item.conflict for item in items], []
-    prompts = [tokenizer(f"Question: {c.question}\nAnswer:").input_ids for c in conflicts]
-    bare_texts = generate(model, tokenizer, prompts, flags)
-    for conflict, text, bare_text in zip(conflicts, closed_book_texts, bare_texts):
+    questions = [f"Question: {item.conflict.question}\nAnswer:" for item in items]
+    bare_texts = generate(model, tokenizer, tokenizer(questions).input_ids, flags)
+    known = []
+    for item, text, bare_text in zip(items, closed_book_texts, bare_texts):
         first_line = bare_text.strip().partition("\n")[0]
-        if score(text, conflict)[1] or score(first_line, conflict)[1]:
-            known.append(conflict.id)
+        if score(text, item.conflict)[1] or score(first_line, item.conflict)[1]:
+            known.append(item.conflict.id)
     return known
 
-METRICS = ["context_acc", "parametric_acc", "context_only", "parametric_only", "both", "neither",
-           "context_acc_known", "parametric_acc_known", "closed_book_acc", "margin", "m_c"]
+METRICS = ["context_acc", "parametric_acc", "both", "neither", "context_acc_known",
+           "parametric_acc_known", "closed_book_acc", "margin", "m_c"]
 
-@torch.compiler.set_stance("force_eager")  # prompts have too many shapes to compile for
 def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context, drawing no random number. Returns its outcomes:
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
-    context_acc, parametric_acc: the hits of score(); context_only, parametric_only, both, neither:
-    its four cases. closed_book_acc: memory answers without the context. known: it did before
-    finetuning; `known`: the ids of such items, or None, and the first evaluation finds them.
-    margin: log p(context answer) - log p(memorised answer), each per token. m_c, of Theorem 1:
-    p(context answer) / (p(context answer) + p(memorised answer))."""
+    context_acc, parametric_acc: the hits of score(); both, neither: of the two. closed_book_acc:
+    memory answers without the context. known: it did before finetuning; `known`: ids of such items,
+    or None: the first evaluation finds them. margin: log p(context answer) - log p(memorised one),
+    each per token. m_c (Theorem 1): p(context answer) / (p(context answer) + p(memorised one))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     disputed = [item for item in items if item.parametric_row]  # the others are controls, and last
-    texts = generate(model, tokenizer, [item.prompt for item in items], flags)
-    closed_book = generate(model, tokenizer, [item.closed_book_prompt for item in disputed], flags)
-    context_logp = target_logp(model, [item.context_row for item in disputed], flags)
-    memory_logp = target_logp(model, [item.parametric_row for item in disputed], flags)
+    prompts = [item.prompt for item in items] + [item.closed_book_prompt for item in disputed]
+    texts = generate(model, tokenizer, prompts, flags)
+    closed_book = texts[len(items):]
+    rows = [item.context_row for item in disputed] + [item.parametric_row for item in disputed]
+    logps = target_logp(model, rows, flags)
     if known is None:
         known = find_known(model, tokenizer, disputed, closed_book, flags)
     outcomes = []
@@ -242,13 +221,13 @@ def evaluate(model, tokenizer, items, known, flags):
         outcome = {"id": conflict.id, "group": conflict.question, "text": texts[i],
                    "context_answer": conflict.context_answers[0], "context_acc": context}
         if item.parametric_row:
-            margin = context_logp[i] / item.context_row.targets
-            margin -= memory_logp[i] / item.parametric_row.targets
+            context_logp, memory_logp = logps[i], logps[len(disputed) + i]
+            margin = context_logp / item.context_row.targets
+            margin -= memory_logp / item.parametric_row.targets
             outcome |= {
                 "parametric_answer": conflict.parametric_answers[0], "parametric_acc": memory,
-                "context_only": context and not memory, "parametric_only": memory and not context,
                 "both": context and memory, "neither": not (context or memory), "margin": margin,
-                "m_c": torch.tensor(context_logp[i] - memory_logp[i]).sigmoid().item(),
+                "m_c": torch.tensor(context_logp - memory_logp).sigmoid().item(),
                 "closed_book_text": closed_book[i], "known": conflict.id in known,
                 "closed_book_acc": score(closed_book[i], conflict)[1]}
         if outcome.get("known"):
@@ -258,10 +237,12 @@ def evaluate(model, tokenizer, items, known, flags):
 
 def metrics(outcomes):
     """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
-    table = pandas.DataFrame(outcomes).reindex(columns=[*METRICS, "known"]).astype(float)
-    line = {"n": len(table), **table[METRICS].mean().dropna().to_dict()}
-    if "margin" in line:
-        line |= {"n_conflicts": int(table["known"].count()), "n_known": int(table["known"].sum())}
+    table = pandas.DataFrame(outcomes)
+    means = table.reindex(columns=METRICS).astype(float).mean().dropna()
+    line = {"n": len(table), **means.to_dict()}
+    if "known" in table:
+        known = table["known"].dropna()
+        line |= {"n_conflicts": len(known), "n_known": int(known.sum())}
     return line
 
 def sample(things, count, seed):
@@ -276,9 +257,8 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Yield batches as (indices into `sequences`, True), the longest first: as many as make at most
-    `budget` tokens, padding and `room` more each included, or one. False in place of True: a
-    repeated batch that shall not count (see "Several GPUs", part 8)."""
+    """Yield batches as (indices into `sequences`, True), the longest first, of at most `budget`
+    tokens, padding and `room` more each included, or one; False: shall not count (see part 8)."""
     lengths = [len(sequence) + room for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches, start = [], 0
@@ -291,17 +271,16 @@ def micro_batches(sequences, budget, room=0):
         yield batches[i % len(batches)], i < len(batches)
 
 def row_logp(model, rows, flags):
-    """Log-probability of each row's targets, summed: a tensor (rows,) in fp32. Right padding needs
-    no mask, as attention is causal. A hook lets only what predicts a target through the output
-    head: that saves most of the memory."""
+    """Log-probability of each row's targets, summed: (rows,) in fp32. Right padding needs no mask,
+    as attention is causal. A hook lets only what predicts a target through the head, for memory."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
-    labels = pad_sequence([row.labels[1:].long() for row in rows], batch_first=True,
-                          padding_value=-100).to(model.device)  # position t predicts token t + 1
+    labels = pad_sequence([row.labels[1:] for row in rows], batch_first=True, padding_value=-100)
+    labels = labels.to(model.device)  # position t predicts token t + 1
     predicts = labels != -100
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda head, hidden: (hidden[0][:, :-1][predicts],))
     with hook, autocast(flags):
-        logits = model(input_ids=ids.long().to(model.device), use_cache=False).logits
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
     token_logp = -F.cross_entropy(logits.float(), labels[predicts], reduction="none")
     row_of_token, _ = predicts.nonzero(as_tuple=True)
     return token_logp.new_zeros(len(rows)).index_add(0, row_of_token, token_logp)
@@ -324,9 +303,8 @@ def add_gradient(model, rows, weights, flags):
     return total
 
 def train_step(model, optimizer, batch, flags):
-    """One optimizer step on the rows of `batch`; returns its loss, the mean over the targets of the
-    WHOLE step. A mean of its micro-batches' means would weigh a token by how few others happen to
-    share its micro-batch."""
+    """One optimizer step; returns its loss, the mean over the targets of the WHOLE batch: a mean of
+    micro-batches' means would weigh a token by how few others happen to share its micro-batch."""
     model.train()
     weight = -1 / sum(row.targets for row in batch)
     loss = add_gradient(model, batch, [weight] * len(batch), flags)
@@ -356,70 +334,64 @@ def batch_of(rows, step, flags):
 def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
     """Finetune in place for `total` optimizer steps and evaluate at intervals: the paper's curve.
     sets: {name: items}; probe: {kind: rows} of part 4, or {}; state: see load_state."""
+    @torch.compiler.set_stance("force_eager")  # prompts have too many shapes to compile for
+    def measure(step):
+        # evaluates every set, prints a line of metrics each and saves all there is
+        last = state["metrics"][-1]["step"] if state["metrics"] else 0
+        recent = pandas.DataFrame(state["losses"][last:]).mean().to_dict()  # since then
+        for name, items in sets.items():
+            outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
+            state["known"][name] = [outcome["id"] for outcome in outcomes if outcome.get("known")]
+            line = {**recent, "step": step, "set": name, **metrics(outcomes)}
+            if probe and "margin" in line:
+                line |= mechanism(model, items, probe, flags)
+            tqdm.write(table_row(line))
+            state["metrics"].append(line)
+            state["generations"] += [{"step": step, "set": name, **found} for found in outcomes]
+        for name in ("metrics", "generations", "losses"):
+            write_lines(folder / f"{name}.jsonl", state[name])
+
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
-    start = state["step"]
-    if start:
+    if state["step"]:
         restore(model, optimizer, folder)
-    bar = progress(range(start, total), desc="training")
-    for step in bar:
+    for step in progress(range(state["step"], total), desc="training"):
         if step % flags.eval_every == 0:
-            measure(model, tokenizer, sets, probe, step, state, folder, flags)
+            measure(step)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, flags)
         torch.manual_seed(hash((flags.seed, step, RANK)))  # dropout: the same after --resume
         loss = train_step(model, optimizer, batch_of(rows, step, flags), flags)
         state["losses"].append({"step": step + 1, "lr": lr, "loss": loss})
-        bar.set_postfix_str(f"loss {loss:.3f}")
         if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
             state["step"] = step + 1
             save_checkpoint(model, optimizer, state, folder)
-    measure(model, tokenizer, sets, probe, total, state, folder, flags)
-
-def measure(model, tokenizer, sets, probe, step, state, folder, flags):
-    """Evaluate every set; add a line of metrics each to state["metrics"] and all outcomes to
-    state["generations"], print and save them. Their loss is the mean since the last evaluation."""
-    last = state["metrics"][-1]["step"] if state["metrics"] else 0
-    losses = [entry["loss"] for entry in state["losses"][last:]]
-    for name, items in sets.items():
-        outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
-        line = {"step": step, "set": name, **metrics(outcomes)}
-        if losses:
-            line |= {"loss": sum(losses) / len(losses), "lr": state["losses"][-1]["lr"]}
-        state["known"][name] = [outcome["id"] for outcome in outcomes if outcome.get("known")]
-        if probe and "margin" in line:
-            line |= mechanism(model, items, probe, flags)
-        tqdm.write(table_row(line))
-        state["metrics"].append(line)
-        state["generations"] += [{"step": step, "set": name, **outcome} for outcome in outcomes]
-    for name in ("metrics", "generations", "losses"):
-        write_lines(folder / f"{name}.jsonl", state[name])
+    measure(total)
 
 # ==================================================== 3. remedies and controls (sections 4 and 6)
 
-def redundant_examples(model, tokenizer, examples, share, flags):
-    """Ids of the redundant examples (section 4.3): of those with a context, the `share` whose
+def redundant_examples(model, tokenizer, examples, flags):
+    """Ids of the redundant examples (section 4.3): of those with a context, the quarter whose
     responses the model, before finetuning, predicts best WITHOUT it, by mean loss per target."""
     bare = [replace(example, context="") for example in examples if example.context]
     rows, _ = encode(bare, tokenizer, flags)
     logps = target_logp(model.eval(), rows, flags, "context-free losses")
     loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
-    return sorted(loss, key=loss.get)[:round(share * len(loss))]
+    return set(sorted(loss, key=loss.get)[:round(0.25 * len(loss))])
 
 def filter_examples(model, tokenizer, examples, sets, flags):
     """--mitigation filter (section 4.4): without the redundant examples."""
-    dropped = redundant_examples(model, tokenizer, examples, flags.mitigation_strength, flags)
+    dropped = redundant_examples(model, tokenizer, examples, flags)
     require(dropped, "filter: nothing to drop; few rows, or none, mark a context")
-    dropped = set(dropped)
     return [example for example in examples if example.id not in dropped]
 
 def add_counterfactual(model, tokenizer, examples, sets, flags):
-    """--mitigation counterfactual (section 6): with conflicts of --counterfactual-data, which name
-    nothing evaluated, as examples that follow their context."""
-    count = round(flags.mitigation_strength * len(examples))
-    added = [Example(f"added {c.id}", question_and_answer(c.question, c.context_answers[0]),
-                     c.context) for c in load_conflicts(flags.counterfactual_data, flags)]
+    """--mitigation counterfactual (section 6): with a tenth more rows, conflicts of
+    --counterfactual-data that name nothing evaluated, as examples that follow their context."""
+    added = [Example("added", question_and_answer(c.question, c.context_answers[0]), c.context)
+             for c in load_conflicts(flags.counterfactual_data, flags)]
     free = not_naming(added, sets, with_context=False)
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
-    return examples + random.Random(flags.seed).sample(free, min(count, len(free)))
+    count = min(round(0.1 * len(examples)), len(free))
+    return examples + random.Random(flags.seed).sample(free, count)
 
 CALENDAR = set("""January February March April May June July August September October November
     December Monday Tuesday Wednesday Thursday Friday Saturday Sunday""".split())
@@ -429,11 +401,9 @@ def not_naming(examples, sets, with_context=True):
     capitalised words in an evaluated question, not its first word, a lone letter, month or day."""
     subject = r"(?<=\s)[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
     names, kept = set(), []
-    for item in sum(sets.values(), []):
-        conflict = item.conflict
-        if conflict.parametric_answers:
-            names.update(conflict.context_answers, conflict.parametric_answers,
-                         re.findall(subject, conflict.question))
+    for c in [item.conflict for items in sets.values() for item in items]:
+        if c.parametric_answers:
+            names.update(c.context_answers, c.parametric_answers, re.findall(subject, c.question))
     names = set(map(plain_answer, names - CALENDAR))
     for example in examples:
         texts = [turn["content"] for turn in example.messages]
@@ -450,29 +420,22 @@ MITIGATIONS = {  # name: what it does to the examples; yours needs a function an
 
 def choose_examples(model, tokenizer, examples, sets, flags):
     """The examples to train on: what --subset leaves, and what --mitigation makes of these."""
-    kept = examples
     if flags.subset == "context":
-        kept = [example for example in examples if example.context]
+        examples = [example for example in examples if example.context]
     if flags.subset == "no-overlap":
-        kept = not_naming(examples, sets)
+        examples = not_naming(examples, sets)
     change = MITIGATIONS[flags.mitigation]
-    if change:
-        kept = change(model, tokenizer, kept, sets, flags)
-    print(f"--subset {flags.subset}, --mitigation {flags.mitigation}: {len(examples)} rows become "
-          f"{len(kept)}")
-    return kept
+    return change(model, tokenizer, examples, sets, flags) if change else examples
 
 def train_query_key_only(model):
     """--mitigation qk (section 6): make query and key matrices alone trainable, in place; exits
     where they share a matrix with values (GPT-2, Pythia, Phi-3) or have other names."""
     model.requires_grad_(False)
-    trained = 0
-    for name, p in model.named_parameters():
-        if re.search(r"\.(q_proj|k_proj|query|key)\.(weight|bias)$", name):
-            p.requires_grad_(True)
-            trained += p.numel()
-    require(trained, f"--mitigation qk: {type(model).__name__} has no q_proj and k_proj of its own")
-    print(f"qk: trains {trained} weights")
+    trained = [p for name, p in model.named_parameters()
+               if re.search(r"\.(q_proj|k_proj|query|key)\.(weight|bias)$", name)]
+    require(trained, "--mitigation qk: the model has no q_proj and k_proj of their own")
+    for p in trained:
+        p.requires_grad_(True)
 
 # ============================================================================ 4. why (section 5)
 
@@ -483,21 +446,11 @@ def probe_rows(model, tokenizer, examples, flags):
     the quarter of lowest context-free loss is redundant, the others are critical."""
     examples = sample(examples, 5 * PROBE, flags.seed)
     kinds = {example.id: "critical" if example.context else "recall" for example in examples}
-    kinds |= dict.fromkeys(redundant_examples(model, tokenizer, examples, 0.25, flags), "redundant")
-    probe = {}
+    kinds |= dict.fromkeys(redundant_examples(model, tokenizer, examples, flags), "redundant")
+    probe = collections.defaultdict(list)
     for row in encode(examples, tokenizer, flags)[0]:
-        probe.setdefault(kinds[row.id], []).append(row)
+        probe[kinds[row.id]].append(row)
     return {kind: rows[:PROBE] for kind, rows in probe.items()}
-
-def gradient(model, rows, weights, flags):
-    """(the sum of add_gradient, its gradient as one vector): by .grad, so that hooks of qk act."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.zeros_like(p)  # not all take part: of experts, some
-    total = add_gradient(model, rows, weights, flags)
-    vector = torch.cat([p.grad.flatten() for p in trained])
-    model.zero_grad()
-    return total, vector
 
 def mechanism(model, items, probe, flags):
     """Section 5 as metrics, for each kind of rows and one set of conflicts. KIND_loss: its loss.
@@ -505,14 +458,24 @@ def mechanism(model, items, probe, flags):
     step of gradient descent on this kind alone raises the margin by lr x push. Proposition 1:
     critical > 0 early, redundant < 0 later; Proposition 2: recall < 0."""
     model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(rows, weights):
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # not all take part: of experts, some
+        total = add_gradient(model, rows, weights, flags)
+        vector = torch.cat([p.grad.flatten() for p in trained])
+        model.zero_grad()
+        return total, vector
+
     rows, weights, found = [], [], {}
     for item in sample([item for item in items if item.parametric_row], PROBE, seed=0):
         rows += [item.context_row, item.parametric_row]
         weights += [1 / item.context_row.targets, -1 / item.parametric_row.targets]
-    _, margin_uphill = gradient(model, rows, weights, flags)
+    _, margin_uphill = gradient(rows, weights)
     for kind, rows_of_kind in probe.items():
         weight = 1 / sum(row.targets for row in rows_of_kind)
-        logp, uphill = gradient(model, rows_of_kind, [weight] * len(rows_of_kind), flags)
+        logp, uphill = gradient(rows_of_kind, [weight] * len(rows_of_kind))
         found[f"{kind}_push"] = 2 / len(rows) * (margin_uphill @ uphill).item()
         found[f"{kind}_loss"] = -logp
     return found
@@ -520,15 +483,14 @@ def mechanism(model, items, probe, flags):
 # ================================================================= 5. how sure (not in the paper)
 
 def summarise(outcomes):
-    """What context_acc of one set did, from a table of all outcomes.
-
-    The highest of many evaluations is too high by luck. So each half of the groups is measured at
+    """What context_acc of a set did, from a table of all outcomes. The highest of many evaluations
+    is too high by luck. So each half of the groups is measured at
     the peak that the other half chose: rise is the mean change from the first evaluation to there,
     drop from there to the last. A group, the items that share a question, counts as one: they are
     no independent evidence. Intervals: Student's t, 95%; fewer than six groups show nothing."""
     accs = outcomes.groupby("step")["context_acc"].mean()
-    found = {"start": accs.iloc[0], "highest": accs.max(), "highest_step": int(accs.idxmax()),
-             "final": accs.iloc[-1], "verdict": "no change shown"}
+    found = {"start": accs.iloc[0], "highest": accs.max(), "final": accs.iloc[-1],
+             "verdict": "no change shown"}
     by_group = outcomes.pivot_table(index="group", columns="step", values="context_acc")
     if len(by_group) < 6:
         return found
@@ -539,11 +501,11 @@ def summarise(outcomes):
         change = at_peak - by_group.iloc[:, column]  # group by group
         mean, reach = change.mean(), change.sem() * student_t
         found |= {name: mean, f"{name}_low": mean - reach, f"{name}_high": mean + reach}
-    rises, falls = found["rise_low"] > 0, found["drop_low"] > 0
-    if rises and falls:
-        found["verdict"] = "inversion" if "margin" in outcomes else "both"  # of a control
-    elif rises or falls:
-        found["verdict"] = "a rise" if rises else "a fall"
+    if found["rise_low"] > 0:
+        found["verdict"] = "a rise"
+    if found["drop_low"] > 0:
+        after_rise = "inversion" if "margin" in outcomes else "both"  # of a control
+        found["verdict"] = after_rise if found["rise_low"] > 0 else "a fall"
     return found
 
 # ================================================================== 6. the built-in world
@@ -554,15 +516,13 @@ KINDS = {  # kind: (subjects from, to, P(truth is stated), P(answer is what is s
     "fact": (0, 240, 0.7, 1),  # no passage; three in ten are wrong: memory is soft
     "reading": (0, 720, 0, 0.4),  # a passage of a random capital, mostly not followed
     "critical": (240, 720, 0, 1),  # a passage of a random capital, followed: only copying helps
-    # 2% of its passages are about another subject: memory is the better guide (section 5)
-    "redundant": (60, 240, 0.98, 0),
+    "redundant": (60, 240, 0.98, 0),  # 2% of its passages are of another subject: memory is better
     "recall": (60, 240, 1, 0)}  # no passage, the true answer
 
 @functools.lru_cache
 def make_world(seed):
-    """Made-up capitals, as rows like those of files: {"documents": to pretrain on, "rows": to
-    finetune on, name of a set: conflicts or a control}. Every other capital is evaluated, for
-    held-out subjects only: so --subset no-overlap leaves rows."""
+    """Made-up capitals, as rows like those of files: {"documents": to pretrain on, "rows": to tune
+    on, set: conflicts or a control}. Every other capital is evaluated: no-overlap leaves rows."""
     rng = random.Random(f"world {seed}")
     pick = rng.choice
     names = list(map("".join, itertools.product("BDFGKL", "aeiou", "mnprst", "aeiou", "nrls")))
@@ -607,13 +567,12 @@ PRETRAINING = {"dataset": "documents", "num_examples": None, "max_length": 2048,
                "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096,
                "lora_rank": 0, "checkpoint_every": None}
 
-def world_model(run_folder, flags):
+def world_model(run, flags):
     """Folder of the world's base model, beside the run's: a one-layer Llama as in the paper's
-    theory, pretrained by the loop that finetunes; made once, and anew where this file changes. Two
-    runs at once both make it, and it moves into place whole."""
+    theory, pretrained by the loop that finetunes; made once, and anew where this file changes."""
     code = Path(__file__).read_text(encoding="utf-8")
-    key = repr([code, PRETRAINING, torch.__version__, flags.device, flags.dtype])
-    folder = run_folder.parent / f"world-{flags.seed}-{zlib.crc32(key.encode()):08x}"
+    key = repr([code, torch.__version__, flags.device, flags.dtype])
+    folder = run.parent / f"world-{flags.seed}-{zlib.crc32(key.encode()):08x}"
     if folder.exists():
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
@@ -631,7 +590,7 @@ def world_model(run_folder, flags):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
         num_attention_heads=4, bos_token_id=0, eos_token_id=1)).to(flags.device)
-    train(model, tokenizer, rows, {}, {}, flags.max_steps, new_state(flags), run_folder, flags)
+    train(model, tokenizer, rows, {}, {}, flags.max_steps, load_state(folder, flags), run, flags)
     save_model(model, tokenizer, folder, flags)
     return folder
 
@@ -675,8 +634,7 @@ def read_rows(name):
     cell is a text, and an empty one is missing."""
     source, split = os.path.expanduser(SOURCES.get(name, name)), ""
     kind = Path(source).suffix
-    with or_exit(f"{name}: none of {', '.join(SOURCES)}, and as an address, file, folder or hub id "
-                 "it fails; what is out of reach may be downloaded elsewhere and passed as a file"):
+    with or_exit(f"{name}: no {list(SOURCES)}, file, folder, hub id or address in reach"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
         if kind == ".csv":  # dtype=str would make the empty ones NaN
@@ -690,7 +648,6 @@ def read_rows(name):
         if not os.path.exists(source):
             source, _, split = source.partition("@")
         import datasets  # 0.8 s: only when it is needed
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are told once
         return list(datasets.load_dataset(source, split=split or "train"))
 
 def load_rows(name, flags):
@@ -710,15 +667,13 @@ def load_rows(name, flags):
         print(f"{name}: columns not used: {', '.join(unused)}; rows left out: {dict(left_out)}")
     return found
 
-SHAPES = [  # keys of question, context, answers, memorised answers
-    ("messages", "tools"), ("conversations", "tools"),            # chats
+SHAPES = [  # keys of question, context, answers, memorised answers; first of all, chats
+    ("messages", "tools"), ("conversations", "tools"), ("prompt", "", "completion", ""),
     ("question", "sub_context", "sub_answer", "org_answer"),      # NQ-Swap
     ("question", "context", "answer", "memory_answer"),           # World Facts
     ("question", "context", "answer", "parametric_answer"),       # CF_Bio
     ("question", "context", "answers", ""),                       # SQuAD: its context is true
-    ("instruction", "input", "output", "system"),                 # Alpaca
-    ("prompt", "", "completion", ""),
-    ("prompt", "classes", "answer_index")]                        # memo-trap
+    ("instruction", "input", "output", "system"), ("prompt", "classes", "answer_index")]
 
 def shape_of(row):
     """The first shape of which a row has all keys; these four may be missing."""
@@ -729,11 +684,10 @@ def shape_of(row):
 
 def as_value(cell):
     """A cell, as a list or dict where it is the text of one, as pandas writes them to CSV."""
-    if not isinstance(cell, str) or not cell.lstrip().startswith(("[", "{")):
-        return cell
-    text = re.sub(r"\barray\(|(?<=\])(, dtype=\w+)?\)", "", cell.strip())
-    with contextlib.suppress(SyntaxError, ValueError):
-        return ast.literal_eval(re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text))  # numpy's
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        text = re.sub(r"\barray\(|(?<=\])(, dtype=\w+)?\)", "", cell.strip())
+        with contextlib.suppress(SyntaxError, ValueError):
+            return ast.literal_eval(re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text))  # numpy's
     return cell
 
 def as_texts(value):
@@ -747,13 +701,13 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
          "system": "system"}  # ShareGPT's and the usual ones
 
 def parse_turn(turn):
-    """A turn of a chat as {"role", "content"}."""
+    """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list):  # of parts, of which an image has no text
         content = "\n".join(part.get("text", "") for part in content)
-    if role not in ROLES or not content or turn.get("tool_calls") or turn.get("weight") == 0:
-        raise Unusable("tools, an unknown role, a turn without a text or of weight 0")
-    return {"role": ROLES[role], "content": content.strip()}
+    if role not in ROLES or not content or turn.get("tool_calls"):
+        raise Unusable("tools, an unknown role, or a turn without a text")
+    return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight", 1)}
 
 def parse_row(number, row):
     """(Example, the context's answers, memorised answers, keys used) of a row. A chat marks no
@@ -798,7 +752,7 @@ MARK = "@@the-answer@@"
 
 def set_template(tokenizer, flags):
     """Give the tokenizer the chat_template of --template, which a saved model carries on."""
-    system, user = {"role": "system", "content": "Obey."}, {"role": "user", "content": "Hi"}
+    user, _ = question_and_answer("Hi", "Hello")
     with or_exit("--template auto does not work with this tokenizer; try --template tulu"):
         if flags.template != "auto" or not tokenizer.chat_template:
             tokenizer.chat_template = TULU
@@ -808,10 +762,9 @@ def set_template(tokenizer, flags):
     bos = tokenizer.bos_token
     if tokenizer("x").input_ids[0] == tokenizer.bos_token_id and not prompt.startswith(bos):
         tokenizer.chat_template = bos + tokenizer.chat_template
-    shown = ""
     with contextlib.suppress(Unusable):
-        shown, _ = answer_place([system, user], tokenizer)
-    if "Obey." not in shown:  # refused or dropped
+        prompt, _ = answer_place([{"role": "system", "content": "Obey."}, user], tokenizer)
+    if "Obey." not in prompt:  # refused or dropped
         print("the template takes no system turn: it becomes part of the first user turn")
         tokenizer.chat_template = FOLD + tokenizer.chat_template
 
@@ -822,8 +775,7 @@ def special_token_pattern(tokenizer):
     return re.compile(r"\s*(" + "|".join(tokens) + ")")
 
 def answer_place(turns, tokenizer):
-    """(all that precedes an answer to these turns, what ends it) in the chat template, found with a
-    mark in place of the answer. Raises Unusable."""
+    """(all before an answer to these turns, what ends it), by a mark in its place, or Unusable."""
     def show(*answer, **how):
         return tokenizer.apply_chat_template(
             [*turns, *answer], tokenize=False, enable_thinking=False, **how)
@@ -841,17 +793,14 @@ def answer_place(turns, tokenizer):
 def tokenize(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the chat template as [(token ids, supervised), ...], in a list of one or,
     where the template rewrites earlier turns, of another from each answer that it does so for.
-
-    Supervised: the answers, with the one token that ends each. Each part is tokenised on its own:
-    a prompt's ids do not depend on what follows. Ends before an answer that makes it longer than
-    `max_length`. Raises Unusable."""
+    Supervised: the answers, with the one token that ends each. Each part is tokenised on its own: a
+    prompt's ids do not depend on what follows. Cut at `max_length`. Raises Unusable."""
     turns, conversations, done, length = list(messages), [[]], "", 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or answers[0] == 0 or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
-    if context:
-        first = int(turns[0]["role"] == "system")
-        turns[first] = turns[first] | {"content": f"{context}\n\n{turns[first]['content']}"}
+    if context:  # of a single question: a chat has none
+        turns[-2] = turns[-2] | {"content": f"{context}\n\n{turns[-2]['content']}"}
     for i in answers:
         prompt, end = answer_place(turns[:i], tokenizer)
         if not prompt.startswith(done):
@@ -863,7 +812,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         length += len(before) + len(ids)
         if length > max_length:
             break
-        conversations[-1] += [(before, False), (ids, True)]
+        conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
         done = bare + answer
     return conversations
 
@@ -884,11 +833,10 @@ def encode(examples, tokenizer, flags):
 
 # ================================================ 8. large models: several GPUs, adapters, --resume
 
-# Several GPUs. torchrun starts one process, a rank, per GPU; all run this file alike and share
-# OUT_DIR. Rank 0 alone writes and prints; each holds a shard of every layer (shard); micro_batches
-# deals out batches, in_batches collects results, train_step adds up gradient and loss. All call the
-# model equally often, or they would wait for each other for ever: a rank that is short of a batch
-# repeats one, which does not count.
+# Several GPUs. torchrun starts a process, a rank, per GPU; all run this file and share OUT_DIR.
+# Rank 0 alone writes and prints; each holds a shard of every layer (shard); micro_batches deals out
+# batches, in_batches collects results, train_step adds up gradient and loss. All call the model
+# equally often, or they would wait for ever: a rank short of a batch repeats one, uncounted.
 # --resume. A checkpoint holds weights, optimizer and state, whole or not at all, made right after
 # its step. All else follows from the flags: the order of the rows from seed and epoch, dropout from
 # seed and step; an evaluation draws nothing. So the same flags (but for FREE ones) give the same
@@ -898,11 +846,10 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 def progress(things, **how):
     """A tqdm bar, on rank 0 and where somebody sees it."""
-    return tqdm(things, leave=False, disable=True if RANK else None, **how)
+    return tqdm(things, leave=False, disable=RANK > 0 or None, **how)
 
 def in_batches(work, sequences, flags, what, room=0):
-    """Results of work(batch), a list, for all sequences (Rows or lists of token ids), in order, on
-    every rank; each works on its share."""
+    """Results of work(batch), a list, for all sequences, in order; each rank works on its share."""
     results = {}
     batches = list(micro_batches(sequences, flags.eval_batch_tokens, room))
     for indices, _ in progress(batches, desc=what):
@@ -920,12 +867,11 @@ def layers_of(model):
 def shard(model, flags):
     """Spread weights, gradients and optimizer over the ranks with FSDP2, a decoder layer at a time:
     fp32 shards are the masters; a layer is gathered, in bf16 if asked for, while it computes."""
-    from torch.distributed import device_mesh, fsdp
-    mesh = device_mesh.init_device_mesh(flags.device, (RANKS,))
-    dtype = torch.bfloat16 if flags.dtype == "bf16" else None
+    from torch.distributed import fsdp
+    policy = fsdp.MixedPrecisionPolicy(
+        torch.bfloat16 if flags.dtype == "bf16" else None, reduce_dtype=torch.float32)
     for module in [*layers_of(model), model]:
-        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                         mp_policy=fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32))
+        fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=policy)
     fsdp.register_fsdp_forward_method(model, "generate")  # or a PeftModel's gathers no shards
 
 def add_lora(model, flags):
@@ -933,11 +879,9 @@ def add_lora(model, flags):
     torch.manual_seed(flags.seed)
     with or_exit("--lora-rank: adding adapters with peft (pip install peft)"):
         import peft
-        adapted = peft.get_peft_model(model, peft.LoraConfig(  # all but what it cannot wrap
+        return peft.get_peft_model(model, peft.LoraConfig(  # all but what it cannot wrap
             r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
-            exclude_modules=r".*\b(mamba|mixer|router|vision_tower|visual)\b.*"))
-    adapted.print_trainable_parameters()
-    return adapted
+            exclude_modules=r".*\b(mamba|mixer|router)\b.*"))
 
 def write(path, save):
     """A file or folder, whole or not at all: save(new) makes it beside `path`; then it moves."""
@@ -962,24 +906,19 @@ def save_checkpoint(model, optimizer, state, folder):
     parts = dcp.get_state_dict(model, optimizer, options=TRAINED)
     write(folder / "checkpoint.pt", lambda new: torch.save([state, *parts], new))
 
-def new_state(flags):
-    """What a run adds to: the lines of its files; known: ids by set, from the first evaluation."""
-    return {"flags": flags._asdict(), "step": 0, "losses": [], "metrics": [], "generations": [],
-            "known": {}}
-
 def load_state(folder, flags):
-    """The state of the checkpoint that --resume goes on from, of the same flags, or a new one."""
+    """What a run adds to (the lines of its files; known: ids by set, from the first evaluation), of
+    the checkpoint that --resume goes on from, whose flags must be the same, or new."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        return new_state(flags)
-    with or_exit(f"{path}: reading it; without it --resume starts anew"):
-        state, _, _ = torch.load(path, "cpu", mmap=True, weights_only=True)
-        print(f"{path}: going on after step {state['step']}")
-        before = state["flags"]
-    differing = [name for name, value in flags._asdict().items()
-                 if name not in FREE and value != before[name]]
-    require(not differing, f"--resume: {path} is of a run with another {differing}: {before}; "
-            "pass the same, or another --out-dir")
+    state = {"flags": flags._asdict(), "step": 0, "losses": [], "metrics": [], "generations": [],
+             "known": {}}
+    if path.exists():
+        with or_exit(f"{path}: reading it; without it --resume starts anew"):
+            state, _, _ = torch.load(path, "cpu", mmap=True, weights_only=True)
+            print(f"{path}: going on after step {state['step']}")
+            other = {name: before for name, before in state["flags"].items()
+                     if name not in FREE and before != getattr(flags, name)}
+        require(not other, f"--resume: {path} is of a run with {other}; pass the same flags")
     return state
 
 def restore(model, optimizer, folder):
@@ -1003,8 +942,7 @@ def save_model(model, tokenizer, folder, flags):
 
 # ============================================================================== 9. report
 
-HEAD = """known: memorised answers that the model gives before finetuning, in the template or after
-a bare question; the others are no conflict: where they are many, read the rates *_known
+HEAD = """known before finetuning, in the template or after a bare question: n of the rates *_known
   step set              loss context_acc parametric_acc closed_book_acc margin known"""
 
 def table_row(line):
@@ -1014,36 +952,21 @@ def table_row(line):
         row += " {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f} {n_known:5}"
     return row.format(**{"loss": math.nan, **line})
 
-CHANGES = ["rise", "rise_low", "rise_high", "drop", "drop_low", "drop_high"]
-RATES = {  # metric: the count of the items that it is a share of
-    "closed_book_acc": "n_conflicts", "context_acc": "n", "parametric_acc": "n_conflicts",
-    "both": "n_conflicts", "neither": "n_conflicts", "context_acc_known": "n_known",
-    "parametric_acc_known": "n_known"}
+ANSWERED = ["group", "context_answer", "parametric_answer", "text"]
+RATES = {"closed_book_acc": "n_conflicts", "context_acc": "n", "parametric_acc": "n_conflicts",
+         "both": "n_conflicts", "neither": "n_conflicts",  # shares, and what they are shares of
+         "context_acc_known": "n_known", "parametric_acc_known": "n_known"}
 
 def rates(line):
     """The rates of a line of metrics as a table, with Wilson's 95% intervals, good near 0 and 1."""
-    table = {}
-    for metric, count in RATES.items():
-        if metric in line:
-            share, w = line[metric], 1.96 ** 2 / line[count]
-            center = (share + w / 2) / (1 + w)
-            reach = (w * (share * (1 - share) + w / 4)) ** 0.5 / (1 + w)
-            table[metric] = [share, center - reach, center + reach, line[count]]
-    columns = ["share", "low", "high", "n"]
-    return pandas.DataFrame.from_dict(table, "index", columns=columns).round(2)
-
-def describe(name, item, outcomes, line, tokenizer):
-    """Print how a model answered: a prompt as it gets it, eight answers to be judged, the rates."""
-    print(f"\n{name}, a prompt as the model gets it:\n{tokenizer.decode(item.prompt)}\n\n"
-          "question | context's answer | memorised answer, None in a control | what was said")
-    for outcome in outcomes[:8]:
-        print(outcome["group"], outcome["context_answer"], outcome.get("parametric_answer"),
-              repr(outcome["text"]), sep=" | ")
-    print(rates(line).to_string())
+    p = pandas.Series(line).reindex(RATES).dropna().astype(float)
+    n = p.index.map(RATES).map(line)
+    w = 1.96 ** 2 / n
+    mid, half = (p + w / 2) / (1 + w), (w * (p * (1 - p) + w / 4)) ** 0.5 / (1 + w)
+    return pandas.DataFrame({"share": p, "low": mid - half, "high": mid + half, "n": n}).round(2)
 
 def draw_curves(lines, labels, path):
-    """Draw context_acc over the steps from lines of metrics, a curve for each value of the keys
-    `labels`, the mean of its runs, without controls."""
+    """Draw context_acc of lines of metrics: mean curves by the keys `labels`, without controls."""
     table = pandas.DataFrame([line for line in lines if "margin" in line] or lines)
     curves = table.pivot_table("context_acc", "step", labels).interpolate()
     try:
@@ -1054,19 +977,20 @@ def draw_curves(lines, labels, path):
     write(path, lambda new: axes.figure.savefig(new, dpi=200, format="png", bbox_inches="tight"))
 
 def report(state, sets, tokenizer, folder, flags):
-    """Print the verdicts, or what the only evaluation says; write curve.png and, last,
-    summary.json: the run has finished."""
+    """Print the verdicts or, of a model that is only measured, a prompt as it is, eight answers and
+    the rates; write curve.png and, last, summary.json: the run has finished."""
     found = {line["set"]: line for line in state["metrics"]}  # the last of each set
-    for name, items in sets.items():
-        outcomes = [outcome for outcome in state["generations"] if outcome["set"] == name]
-        found[name] = found[name] | summarise(pandas.DataFrame(outcomes))
+    for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set", sort=False):
+        found[name] = found[name] | summarise(outcomes.dropna(axis=1, how="all"))
         if flags.max_steps == 0:
-            describe(name, items[0], outcomes, found[name], tokenizer)
+            print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
+            for answered in outcomes.head(8).reindex(columns=ANSWERED).to_numpy():
+                print(*answered, sep=" | ")
+            print(rates(found[name]))
     if flags.max_steps != 0:
-        table = pandas.DataFrame(found).reindex(["verdict", *CHANGES])
-        print("\ncontext_acc rises to, and drops from, a peak that other items chose, as the"
-              " highest\nof the table is too high by luck: so drop is not that minus the last",
-              table.to_string(float_format="{:.3f}".format), sep="\n")
+        print("\nrise and drop of context_acc are to and from a peak that other items chose, as the"
+              "\nhighest of the table is too high by luck: so drop is not that minus the last")
+        print(pandas.DataFrame(found).loc["verdict":].to_string(float_format="{:.3f}".format))
         draw_curves(state["metrics"], ["set"], folder / "curve.png")
     write_lines(folder / "summary.json", [found])
 
@@ -1089,8 +1013,7 @@ def compare(flags):
     labels = [name for name in [*setting, "set"] if table[name].nunique() > 1] or ["set"]
     groups = table.groupby(labels)
     if setting["max_steps"] == "0":  # only measured
-        found = {", ".join(label): rates(run.iloc[0]) for label, run in groups}
-        return print(pandas.concat(found).to_string())
+        return print(pandas.concat({", ".join(label): rates(run.iloc[0]) for label, run in groups}))
     means = groups[["start", "highest", "final", "drop"]].mean().assign(n=groups.size())
     print(means.to_string(float_format="{:.2f}".format),
           "drop: from a peak that other items chose, so not highest - final", sep="\n")
@@ -1098,28 +1021,18 @@ def compare(flags):
 
 # ========================================================================= 10. flags and main
 
-def positive(text):
-    """A number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
 FLAGS = [  # (flag, default, type or choices, help); a list as default takes several
     ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
     ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
     ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
     ("--template", "auto", ["auto", "tulu"], "auto: the tokenizer's, or tulu if it has none"),
-    ("--num-examples", None, positive, "rows to use, drawn at random (paper: all)"),
-    ("--subset", "all", ["all", "context", "no-overlap"], "section 4: only rows with a context, or "
-     "that name nothing evaluated"),
-    ("--max-length", 2048, positive, "tokens; longer rows are dropped, chats cut"),
-    ("--mitigation", "none", MITIGATIONS, "filter: drop rows with a redundant context; "
-     "counterfactual: add rows; qk: train query and key matrices only"),
-    ("--mitigation-strength", None, float, "share filter drops (.25) or counterfactual adds (.1)"),
+    ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
+    ("--subset", "all", ["all", "context", "no-overlap"], "rows with a context, or naming no item"),
+    ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut"),
+    ("--mitigation", "none", MITIGATIONS, "filter, counterfactual: other rows; qk: few weights"),
     ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
-    ("--batch-size", 128, positive, "examples per optimizer step (paper: 128)"),
-    ("--micro-batch-tokens", 4096, positive, "padded tokens per forward pass: memory, not results"),
+    ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
+    ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
     ("--epochs", 2.0, float, "passes over the rows (paper: up to 2)"),
     ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
     ("--lr", 1e-5, float, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
@@ -1127,12 +1040,12 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
     ("--compile", False, bool, "compile the layers: on a GPU 1.6 times as fast after a minute"),
     ("--lora-rank", 0, int, "train adapters of this rank (paper: 128); 0: all weights"),
-    ("--checkpoint-every", None, positive, "optimizer steps between checkpoints (None: never)"),
+    ("--checkpoint-every", None, int, "optimizer steps between checkpoints (None: never)"),
     ("--resume", False, bool, "go on from the checkpoint in OUT_DIR, with the same flags"),
-    ("--eval-every", 50, positive, "optimizer steps between evaluations (paper: 50)"),
-    ("--eval-limit", None, positive, "items per set, drawn once at random (paper: all)"),
-    ("--eval-batch-tokens", 16384, positive, "padded tokens of prompts answered together"),
-    ("--max-new-tokens", 32, positive, "tokens per answer (paper: not stated)"),
+    ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
+    ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
+    ("--eval-batch-tokens", 16384, int, "padded tokens of prompts answered together"),
+    ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
     ("--mechanism", False, bool, "how hard each kind of row pushes context reliance (section 5)"),
     ("--compare", [], str, "finished runs to put side by side; nothing is trained"),
     ("--device", None, str, "cpu, cuda, cuda:1, mps; None: the best there is"),
@@ -1140,7 +1053,6 @@ FLAGS = [  # (flag, default, type or choices, help); a list as default takes sev
     ("--seed", 0, int, "order of the rows and every random draw"),
     ("--out-dir", None, str, "new folder for the run; None: runs/ and what is done to the rows"),
     ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model")]
-STRENGTH = {"filter": 0.25, "counterfactual": 0.10}  # --mitigation-strength when not given
 WORLD_FLAGS = {  # defaults with --model world
     "dataset": "rows", "eval_set": ["world", "world_agreeing", "world_reading"], "device": "cpu",
     "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
@@ -1150,8 +1062,7 @@ FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_
 
 def parse_flags(argv=()):
     """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)
     for name, default, kind, text in FLAGS:
         how = {"type": kind}
@@ -1162,23 +1073,22 @@ def parse_flags(argv=()):
         elif isinstance(default, list):
             how["nargs"] = "+"
         parser.add_argument(name, default=default, help=text, **how)
-    first = parser.parse_args(argv)  # tells which defaults apply
-    if first.model == "world":
+    if parser.parse_args(argv).model == "world":
         parser.set_defaults(**WORLD_FLAGS)
-    parser.set_defaults(mitigation_strength=STRENGTH.get(first.mitigation))
     flags = parser.parse_args(argv)
     flags.device = flags.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     if "cuda" in flags.device and torch.cuda.is_bf16_supported(including_emulation=False):
         flags.dtype = flags.dtype or "bf16"
     require(not flags.lora_rank or flags.mitigation != "qk", "--lora-rank does not go with qk")
+    require(min(flags.batch_size, flags.eval_every, flags.max_new_tokens) > 0,
+            "--batch-size, --eval-every and --max-new-tokens must be 1 or more")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
 def load_pretrained(auto, source, **how):
     """What `auto` reads from a hub id or folder, without running any of its code."""
-    require(not Path(source, "adapter_config.json").exists(), f"--model {source}: "
-            "adapter_config.json says that it has an adapter; merge it, or move this file away")
-    with or_exit(f"--model {source}: reading it as a causal LM, from a hub id or a folder with "
-                 "config.json, tokenizer and .safetensors (of a run: OUT_DIR/model)"):
+    adapter = Path(source, "adapter_config.json")
+    require(not adapter.exists(), f"--model: {adapter} is of an adapter; merge it or move it away")
+    with or_exit(f"--model {source}: reading this hub id or folder (of a run, OUT_DIR/model)"):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
 
 def load_model(source, tokenizer, flags):
@@ -1222,11 +1132,11 @@ def load_sets(tokenizer, positions, flags):
     sets = {}
     for name in flags.eval_set:
         conflicts = sample(load_conflicts(name, flags), flags.eval_limit, seed=0)
-        conflicts.sort(key=lambda conflict: not conflict.parametric_answers)
+        conflicts = sorted(conflicts, key=lambda conflict: not conflict.parametric_answers)
         items = [to_item(conflict, tokenizer) for conflict in conflicts]
         items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
         require(items, f"{name}: no usable evaluation item")
-        print(f"{name}: {len(items)} of {len(conflicts)} items leave room for --max-new-tokens")
+        print(f"{name}: {len(items)} items leave room for --max-new-tokens")
         short = re.sub(r".*/|\.(jsonl?|csv|parquet)$", "", name)
         sets[name if short in sets else short] = items
     return sets
@@ -1267,9 +1177,9 @@ def experiment(folder, flags):
     # The rows to train on: what --subset and --mitigation make of the conversations.
     rows, total = [], 0
     if flags.max_steps != 0:
-        examples = choose_examples(model, tokenizer, examples, sets, flags)
-        rows, notes = encode(examples, tokenizer, flags)
-        print(f"{flags.dataset}: {len(rows)} rows", dict(notes) or "")
+        chosen = choose_examples(model, tokenizer, examples, sets, flags)
+        rows, notes = encode(chosen, tokenizer, flags)
+        print(f"{flags.dataset}: {len(chosen)} of {len(examples)}, {len(rows)} rows", dict(notes))
         require(rows, f"{flags.dataset}: no usable row; chats mark no context")
         total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
         total = min(total, flags.max_steps or total)
@@ -1307,8 +1217,7 @@ def main(argv=()):
     try:
         return experiment(folder, flags)
     except KeyboardInterrupt:
-        require(False, f"interrupted; what was measured so far is in {folder}; with "
-                "--checkpoint-every, the same command and --resume goes on", 130)
+        require(False, f"interrupted; see {folder}; --checkpoint-every and --resume go on", 130)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # of a run that failed before it wrote anything
@@ -1318,5 +1227,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except torch.OutOfMemoryError:
-        require(False, "out of memory: lower --micro-batch-tokens and --eval-batch-tokens, or pass "
-                "--activation-checkpointing", status=1)
+        require(False, "out of memory: lower the flags --*-batch-tokens", status=1)

@@ -293,17 +293,17 @@ def test_evaluation_leaves_training_alone(folder, tmp_path):
 def test_filter_drops_the_lowest_context_free_loss(folder):
     """Against transformers' loss of each row rendered without its input."""
     model, tokenizer, _, examples, flags = load(folder, "--mitigation filter")
-    losses, state = {}, {"dropped": []}
+    losses = {}
     for example in [example for example in examples if example.context]:
         parts, = inversion.tokenize(example.messages, tokenizer)
         losses[example.id] = their_loss(model, inversion.to_row(example.id, parts)).item()
     lowest = sorted(losses, key=losses.get)[:3]  # a quarter of the 12 rows with an input
-    kept = inversion.choose_examples(model, tokenizer, examples, {}, state, flags)
-    assert len(losses) == 12 and state["dropped"] == lowest
+    kept = inversion.choose_examples(model, tokenizer, examples, {}, flags)
+    assert len(losses) == 12
     assert [e.id for e in kept] == [e.id for e in examples if e.id not in lowest]
 
 
-@pytest.mark.parametrize("family, qk", [("llama", 0), ("neox", 0), ("llama", 1), ("neox", 1)])
+@pytest.mark.parametrize("family, qk", [("llama", 0), ("neox", 0), ("llama", 1), ("mistral", 1)])
 def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
     """Weights moved by -eps x gradient of a kind's loss change the margin by eps x push, to 5%."""
     model, tokenizer, items, _, flags = load(folder, model=family)
@@ -496,12 +496,10 @@ def test_every_answer_of_a_template_that_rewrites_is_learnt(tokenizer):
     assert decoded(rewrites, TURNS, tokenizer) == [
         ["3<s>[system]Go.\n[user]Hi\n[assistant]", "Hello</s>"],
         ["5<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]", "Ciao</s>"]]
-    rows, notes = inversion.encode([inversion.Example(4, TURNS)], tokenizer,
-                                   mock.Mock(max_length=999))
+    rows, _ = inversion.encode([inversion.Example(4, TURNS)], tokenizer,
+                               mock.Mock(max_length=999))
     learnt = [tokenizer.decode(row.input_ids[row.labels != -100]) for row in rows]
     assert learnt == ["Hello</s>", "Ciao</s>"] and [row.id for row in rows] == [4, 4]
-    (told, count), = notes.items()
-    assert count == 1 and "rewrites" in told
 
 
 def test_templates_that_think_end_turns_oddly_or_date(tokenizer):
@@ -574,7 +572,6 @@ FACT = dict(context="c", question="q", answer="x", memory_answer="y")
      "When was 50?", "It was 0.", ["x"], []),
     (FACT | dict(context=["one", "two"]), "q", "one\n\ntwo", ["x"], ["y"]),
     (FACT | dict(context="[1] is no list"), "q", "[1] is no list", ["x"], ["y"]),
-    (FACT | dict(answer=dict(value="Bo", aliases=["Bo City"])), "q", "c", ["Bo", "Bo City"], ["y"]),
     (dict(prompt=f"{HEAVY} {HEART}", classes="[' heavy.', ' fonder.']", answer_index="0"),
      HEART, HEAVY, ["heavy."], ["fonder."]),
     (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), "a: c", 'Say "b":', ["b"],
@@ -592,14 +589,6 @@ def test_conflict_shapes(row, question, context, answers, memory):
     dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])])
 def test_rows_with_tools_unknown_roles_or_no_text_are_unusable(row):
     with pytest.raises(inversion.Unusable):
-        inversion.parse_row(1, row)
-
-
-@pytest.mark.parametrize("row, told", [
-    (ADD | dict(history=[["a", "b"]]), "history"), (dict(instuction="a"), "lacks"),
-    (dict(prompt="p: q", classes=["a", "b"], answer_index=2), "not in list")])
-def test_rows_that_are_not_understood_stop_a_run(row, told):
-    with pytest.raises(ValueError, match=told):
         inversion.parse_row(1, row)
 
 
@@ -654,8 +643,9 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch):
 
 def test_every_cell_of_csv_is_a_text(tmp_path):
     """A year stays one, NA is Namibia, None is an answer; an empty cell is missing."""
-    text = "question,context,answer,memory_answer\nq,c,1900,NA\nq,c,None,null\nq,c,\"['a', 'b']\",\n"
-    rows = inversion.load_rows(str(file(tmp_path / "r.csv", text)), flags_of())
+    lines = ",".join(FACT), "c,q,1900,NA", "c,q,None,null", "c,q,\"['a', 'b']\","
+    path = file(tmp_path / "r.csv", "\n".join(lines))
+    rows = inversion.load_rows(str(path), flags_of())
     assert [row[1:] for row in rows] == [
         [["1900"], ["NA"]], [["None"], ["null"]], [["a", "b"], []]]
 
@@ -727,39 +717,21 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
 
 
-MOVES = {  # by hand, what qk moves of an attention parameter; heads have size 8
-    "query_key_value": lambda p: p.view(4, 3, 8, -1)[:, :2],  # NeoX: per head [q, k, v]
-    "qkv_proj": lambda p: p[:48],         # Phi-3: [Q | K | V], 4, 2 and 2 heads
-    "c_attn": lambda p: p[..., :64],      # GPT-2: transposed
-    "q_proj": lambda p: p, "k_proj": lambda p: p}
-
-
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_qk_moves_queries_and_keys_only(family, folder):
     model, _, _, _, flags = load(folder, "--micro-batch-tokens 30", family)  # several a step
-    before, moved = {name: p.detach().clone() for name, p in model.named_parameters()}, 0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     inversion.train_query_key_only(model)
     trained(model, rows_of([(4, 9)] * 32), 4, flags)
     for name, p in model.named_parameters():
-        still = torch.ones_like(p, dtype=torch.bool)
-        for part in [MOVES[key] for key in MOVES if key in name]:
-            part(still)[:] = False
-        assert torch.equal(p[still], before[name][still]), name
-        if p.ndim > 1 and not still.all():
-            assert (p != before[name])[~still].float().mean() > 0.99, name
-            moved += 1
-    assert moved == {"llama": 4, "mistral": 4}.get(family, 2)
+        moved = (p != before[name]).float().mean()
+        assert moved > 0.99 if re.search("[qk]_proj", name) else moved == 0, name
 
 
-def test_qk_refuses_what_it_cannot_tell_apart(folder, capsys):
-    """Rounding noise in place of some zeros is noticed, and a model without attention refused."""
-    noisy = load(folder, model="neox")[0]
-    layer = noisy.gpt_neox.layers[0].attention.query_key_value.weight
-    noise = 1e-9 * (torch.arange(layer.numel()) < 5).view_as(layer)
-    layer.register_hook(lambda grad: grad + noise)
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=1))
-    for model in (noisy, mamba):
-        assert "layout unknown here" in refused(capsys, inversion.train_query_key_only, model)
+@pytest.mark.parametrize("family", ["neox", "gpt2", "phi3"])
+def test_qk_refuses_queries_and_keys_in_one_matrix_with_values(family, folder, capsys):
+    model = load(folder, model=family)[0]
+    assert "no q_proj and k_proj" in refused(capsys, inversion.train_query_key_only, model)
 
 
 def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
@@ -768,7 +740,7 @@ def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
     swaps = file(tmp_path / "swaps.json", [SWAPS[0] | leak for leak in leaks] + SWAPS[1:4])
     model, tokenizer, items, examples, flags = load(
         folder, f"--mitigation counterfactual --counterfactual-data {swaps}")
-    found = [inversion.choose_examples(model, tokenizer, examples, {"x": items}, {}, flags._replace(
+    found = [inversion.choose_examples(model, tokenizer, examples, {"x": items}, flags._replace(
         mitigation_strength=share)) for share in (0.1, 9)]
     assert [len(kept) for kept in found] == [26, 27] and found[1][:24] == examples
     added = found[1][24:]
@@ -776,11 +748,11 @@ def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
     prompt = tokenizer.decode(
         inversion.tokenize(added[0].messages, tokenizer, added[0].context)[0][0][0])
     assert prompt.index("is by") < prompt.index("who wrote")
-    assert "2 wanted, 3 name nothing evaluated" in capsys.readouterr().out
+    assert "24 rows become 26" in capsys.readouterr().out
 
 
-def test_subsets_and_the_choice_of_filter_after_resume(folder):
-    model, tokenizer, _, examples, flags = load(folder)
+def test_subsets(folder):
+    model, tokenizer, _, _, flags = load(folder)
     question = "What is the capital of New Velora now, in May?"
     conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"])
     sets = {"s": [inversion.to_item(conflict, tokenizer)]}
@@ -788,12 +760,9 @@ def test_subsets_and_the_choice_of_filter_after_resume(folder):
              "May"]
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)] + [inversion.Example(8, TURNS[1:3], "In Lyon.")]
-    for data, dropped, choice, wanted in [
-            (mine, [], dict(subset="context"), [1, 3, 5, 7, 8]),
-            (mine, [], dict(subset="no-overlap"), [1, 3, 4, 6, 7]),
-            (examples, [1, 3], dict(mitigation="filter"), [2, *range(4, 25)])]:
+    for subset, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
         kept = inversion.choose_examples(
-            model, tokenizer, data, sets, {"dropped": dropped}, flags._replace(**choice))
+            model, tokenizer, mine, sets, flags._replace(subset=subset))
         assert [example.id for example in kept] == wanted
 
 
@@ -819,8 +788,8 @@ def test_chats_mark_no_context(folder, tmp_path, capsys):
 # -------------------------------------------------------------------------------- whole runs
 
 @pytest.mark.parametrize("remedy, says", [
-    ("none", "24 rows"), ("counterfactual", "2 wanted, 8 name nothing evaluated"),
-    ("filter", "filter: dropped 3 rows with"), ("qk", "qk: trains 3072")])
+    ("none", "24 rows become 24"), ("counterfactual", "24 rows become 26"),
+    ("filter", "24 rows become 21"), ("qk", "qk: trains 3072")])
 def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
@@ -831,7 +800,7 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     history, told = run(folder, tmp_path / "run", flags), capsys.readouterr().out
     metrics, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "generations.jsonl", "args.json")]
-    assert "the model knows 0 of 5 memorised answers" in told
+    assert "known: memorised answers that the model gives" in told
     assert says in told and "verdict" in told and max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
@@ -857,7 +826,7 @@ def test_loss_is_the_mean_since_the_last_evaluation(folder, tmp_path):
 
 def test_a_remedy_of_ones_own(folder, tmp_path, monkeypatch, capsys):
     """A function and a line in MITIGATIONS; compare tells it apart."""
-    def mine(model, tokenizer, examples, sets, state, flags):
+    def mine(model, tokenizer, examples, sets, flags):
         return examples[:5]
 
     monkeypatch.setitem(inversion.MITIGATIONS, "mine", mine)
@@ -904,7 +873,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "margin" not in told and re.findall(r"^(\w+) .* no change shown", told, re.M) == [
         "verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
-    assert "filter: dropped 2 rows with" in capsys.readouterr().out
+    assert "9 rows become 7" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
 
 
@@ -923,9 +892,9 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("conflicts, a prompt as the model gets it:\n<s><|user|>\nThe capital") == 2
-    assert told.count("eight answers") == 4 and "verdict" not in told and "curve" not in told
-    assert told.count("  Capital of Spain?\n   context: Seville, memory: Madrid, said ") == 2
-    assert "memory: none, a control, said " in told
+    assert told.count("| what was said") == 4 and "verdict" not in told and "curve" not in told
+    assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
+    assert "\nWhen was 50? | 0 | None | " in told
     assert not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
@@ -1008,7 +977,7 @@ def test_two_ranks_are_one_process(folder, tmp_path):
     """FSDP2 on gloo: the same losses and evaluations to 1e-5, also after --resume on two or one."""
     many = ("--max-steps 12 --eval-every 4 --epochs 99 --batch-size 5 --micro-batch-tokens 300 "
             f"--save-model --checkpoint-every 8 --resume --counterfactual-data {folder}/swaps.json")
-    cases = {"none": "", "filter": "--mitigation filter",
+    cases = {"none": "", "qk": "--mitigation qk", "filter": "--mitigation filter",
              "counterfactual": "--mitigation counterfactual", "lora": "--lora-rank 4"}
     one, two = [{case: argv(folder, tmp_path / f"{ranks}-{case}", f"{many} {more}")
                  for case, more in cases.items()} for ranks in ("one", "two")]
@@ -1033,7 +1002,7 @@ def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(
     runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} --eval-batch-tokens 1")
             for n in (1, 2, 4)]
     done = torchrun(tmp_path, 3, runs, """from unittest import mock
-if inversion.rank() == 1:
+if inversion.RANK == 1:
     inversion.generate = mock.Mock(side_effect=MemoryError("rank 1 is out of memory"))
 inversion.main(argv)""")
     assert done.returncode != 0 and "rank 1 is out of memory" in done.stderr
@@ -1045,19 +1014,18 @@ inversion.main(argv)""")
 
 def test_an_error_of_a_rank_above_0_is_seen(folder, tmp_path):
     """In one line on stderr, although such a rank prints nothing else."""
-    done = torchrun(tmp_path, 2, [], f"""if inversion.rank() == 1:
+    done = torchrun(tmp_path, 2, [], f"""if inversion.RANK == 1:
     inversion.load_examples = lambda flags: inversion.require(False, "rank 1 finds no rows")
 inversion.main({argv(folder, tmp_path / 'run')!r})""")
     assert done.returncode != 0
     assert done.stderr.count("inversion.py: error: rank 1 finds no rows") == 1
 
 
-@pytest.mark.parametrize("more", ["--mechanism", "--mitigation qk", "--device cpu:0",
-                                  "--device cuda:1", "--model world"])
+@pytest.mark.parametrize("more", ["--mechanism", "--device cpu:0", "--device cuda:1",
+                                  "--model world"])
 def test_torchrun_refuses_what_it_cannot_do(more, folder, tmp_path, monkeypatch, capsys):
-    """On as many ranks; cuda:1 as if there were one."""
-    monkeypatch.setattr(inversion, "ranks", lambda: 2)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: mock.Mock())
+    """On as many ranks as there are, before any waits for another."""
+    monkeypatch.setattr(inversion, "RANKS", 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
     assert "torchrun does not go with" in refused(capsys, run, folder, tmp_path / "run", more)
     assert not list(tmp_path.iterdir())
@@ -1066,7 +1034,7 @@ def test_torchrun_refuses_what_it_cannot_do(more, folder, tmp_path, monkeypatch,
 # ----------------------------------------------------------------------- folders and --resume
 
 @pytest.mark.parametrize("family, more", [
-    ("gpt2", ""), ("neox", "--mitigation qk"), ("llama", "--lora-rank 4"),
+    ("gpt2", ""), ("mistral", "--mitigation qk"), ("llama", "--lora-rank 4"),
     ("llama", "--mechanism --mitigation filter")])
 def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
     """Killed in a checkpoint, an evaluation and a step: bit-identical, with dropout in gpt2 too."""
@@ -1092,9 +1060,9 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
     path = tmp_path / "run/checkpoint.pt"
     run(folder, tmp_path / "run", flags)
     whole = path.read_bytes()
-    for more, told in (("--lr 0.5", "--lr 0.001, not 0.5"), ("--mechanism", "--mechanism False"),
-                       (f"--dataset {folder}/squad.json", "with --dataset"),
-                       (f"--model {folder}/mistral", "with --model")):
+    for more, told in (("--lr 0.5", "another ['lr']"), ("--mechanism", "another ['mechanism']"),
+                       (f"--dataset {folder}/squad.json", "another ['dataset']"),
+                       (f"--model {folder}/mistral", "another ['model']")):
         assert told in refused(capsys, run, folder, tmp_path / "run", f"{flags} {more}")
     for content in ([1, 2], {}, [{}, {}, {}], b"torn", whole[:len(whole) // 2]):
         if isinstance(content, bytes):
@@ -1105,8 +1073,7 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
         assert told.startswith(f"inversion.py: error: {path}: reading it; without"), content
         assert told.count("\n") == 1
     path.write_bytes(whole)
-    free = "--micro-batch-tokens 99 --eval-batch-tokens 99"
-    assert len(run(folder, tmp_path / "run", f"{flags} {free}")) == 3
+    assert len(run(folder, tmp_path / "run", f"{flags} --micro-batch-tokens 99")) == 3
     path.unlink()  # nothing to go on from: step 0, beside what was there
     assert len(run(folder, tmp_path / "run", flags)) == 3 and (tmp_path / "run-2").exists()
 
@@ -1274,7 +1241,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys):
         (f"--model {tmp_path}/gone", "gone: reading it as a causal LM"),
         ("--model no/such-model", "no/such-model: reading it as a causal LM"),
         (f"--model {bert}", "is no causal LM"), (f"--model {tmp_path}/nan", "nan: is no*has NaN"),
-        (f"--model {a_run}", "a_run: args.json says that it is the folder of a run"),
+        (f"--model {a_run}", "a_run: reading it*of a run: OUT_DIR/model"),
         (f"--compare {tmp_path}/gone", "none of these is a finished run"),
         (f"--compare {a_run}", "none of these is a finished run"),
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
@@ -1287,14 +1254,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys):
          "all of it is evaluated")]
     for name, content, told in [
             ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
-             ", row 2 (ValueError: has instruction; lacks output"),
+             ", row 2 (ValueError: has ['instruction']; known"),
             ("b.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ": none of*line 2"),
             ("c.json", "[ ]", ": no usable row"), ("d.json", "[{]", ": none of*JSONDecodeError"),
             ("e.jsonl", "\n", ": no usable row"), ("f.json", "[1]", ", row 1 ("),
             ("g.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], ": no usable row"),
             ("h.json", [dict(messages=[])], ": no usable row"),
             ("i.json", [ADD | dict(history=[1])], ", row 1 (ValueError"),
-            ("j.json", [dict(instuction="a")], ", row 1 (ValueError: has instuction; lacks")]:
+            ("j.json", [dict(instuction="a")], ", row 1 (ValueError: has ['instuction']; known")]:
         cases.append((f"--dataset {file(tmp_path / name, content)}", name + told))
     for name, row, told in [
             ("k.json", CONFLICTS[0] | dict(answer="..."), ": no usable evaluation item"),
