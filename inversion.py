@@ -126,10 +126,10 @@ def aliases(answers, person):
         for part in parts:
             name = re.sub(r" ?\([^()]*\)", "", part)
             found += [name, name.split(", ")[0]]
+            if person:
+                found += re.findall(  # not the Great, nor Jr. or VIII
+                    r"(?<!\bthe) (?![JS]r|[IVX]+$)(\S{3,})(?: [JS]r\.?| [IVX]+)?$", name)
         found += re.findall(r"\(([A-Z][^()]*)\)", answer)
-        if person:
-            found += re.findall(  # not the Great, nor Jr. or VIII
-                r"(?<!\bthe) (?![JS]r|[IVX]+$)(\S{3,})(?: [JS]r\.?| [IVX]+)?$", answer)
     return list(dict.fromkeys(found))
 
 def scorable(answers, rivals, question):
@@ -185,8 +185,8 @@ def generate(model, tokenizer, prompts, flags):
 def find_known(model, tokenizer, items, closed_book_texts, flags):
     """Ids of the items whose memorised answer comes without the context: in the template or, as a
     base model does not answer in it yet, in the first line after the bare question."""
-    questions = [f"Question: {item.conflict.question}\nAnswer:" for item in items]
-    bare_texts = generate(model, tokenizer, tokenizer(questions).input_ids, flags)
+    bare = [f"Question: {item.conflict.question}\nAnswer:" for item in items]
+    bare_texts = generate(model, tokenizer, [tokenizer(text).input_ids for text in bare], flags)
     known = []
     for item, text, bare_text in zip(items, closed_book_texts, bare_texts):
         first_line = bare_text.strip().partition("\n")[0]
@@ -257,8 +257,8 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Yield batches as (indices into `sequences`, True), the longest first, of at most `budget`
-    tokens, padding and `room` more each included, or one; False: shall not count (see part 8)."""
+    """Yield this rank's batches as (indices, counts), the longest sequences first, of at most
+    `budget` tokens, padding and `room` more each included, or one; a repeat does not count."""
     lengths = [len(sequence) + room for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches, start = [], 0
@@ -483,11 +483,11 @@ def mechanism(model, items, probe, flags):
 # ================================================================= 5. how sure (not in the paper)
 
 def summarise(outcomes):
-    """What context_acc of a set did, from a table of all outcomes. The highest of many evaluations
-    is too high by luck. So each half of the groups is measured at
-    the peak that the other half chose: rise is the mean change from the first evaluation to there,
-    drop from there to the last. A group, the items that share a question, counts as one: they are
-    no independent evidence. Intervals: Student's t, 95%; fewer than six groups show nothing."""
+    """What context_acc of a set did, from a table of all outcomes. A group, the items that share a
+    question, counts as one. Groups are dealt into halves, each read at the step where the OTHER is
+    highest, as its own highest would be too high by luck. rise: mean over groups of value there -
+    first evaluation; drop: of value there - last. Intervals: Student's t, 95%; with fewer than six
+    groups nothing is shown."""
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "highest": accs.max(), "final": accs.iloc[-1],
              "verdict": "no change shown"}
@@ -634,7 +634,7 @@ def read_rows(name):
     cell is a text, and an empty one is missing."""
     source, split = os.path.expanduser(SOURCES.get(name, name)), ""
     kind = Path(source).suffix
-    with or_exit(f"{name}: no {list(SOURCES)}, file, folder, hub id or address in reach"):
+    with or_exit(f"{name}: out of reach; pass a local file, hub id or one of {list(SOURCES)}"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
         if kind == ".csv":  # dtype=str would make the empty ones NaN
@@ -695,7 +695,7 @@ def as_texts(value):
     if isinstance(value, dict):
         value = value["text"]
     values = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in values if text is not None]
+    return [str(text).strip() for text in dict.fromkeys(values) if text is not None]
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
          "system": "system"}  # ShareGPT's and the usual ones
@@ -703,8 +703,8 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 def parse_turn(turn):
     """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # of parts, of which an image has no text
-        content = "\n".join(part.get("text", "") for part in content)
+    if isinstance(content, list):  # of parts; an image, which has no text, is an error
+        content = "\n".join(part["text"] for part in content)
     if role not in ROLES or not content or turn.get("tool_calls"):
         raise Unusable("tools, an unknown role, or a turn without a text")
     return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight", 1)}
@@ -791,8 +791,8 @@ def answer_place(turns, tokenizer):
     return opening if opening.startswith(prompt) else prompt, end[0] if end else tokenizer.eos_token
 
 def tokenize(messages, tokenizer, context="", max_length=math.inf):
-    """A conversation in the chat template as [(token ids, supervised), ...], in a list of one or,
-    where the template rewrites earlier turns, of another from each answer that it does so for.
+    """A conversation in the chat template as a list of conversations [(token ids, supervised), ..]:
+    one, but where the template rewrites the turns before an answer, a new one starts there.
     Supervised: the answers, with the one token that ends each. Each part is tokenised on its own: a
     prompt's ids do not depend on what follows. Cut at `max_length`. Raises Unusable."""
     turns, conversations, done, length = list(messages), [[]], "", 0
@@ -839,8 +839,8 @@ def encode(examples, tokenizer, flags):
 # equally often, or they would wait for ever: a rank short of a batch repeats one, uncounted.
 # --resume. A checkpoint holds weights, optimizer and state, whole or not at all, made right after
 # its step. All else follows from the flags: the order of the rows from seed and epoch, dropout from
-# seed and step; an evaluation draws nothing. So the same flags (but for FREE ones) give the same
-# metrics, bit for bit on one machine, and nearly so on another number of ranks.
+# seed and step; an evaluation draws nothing. So the same flags give the same metrics, bit for bit
+# on one machine; with other FREE flags or ranks, up to rounding.
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -907,15 +907,14 @@ def save_checkpoint(model, optimizer, state, folder):
     write(folder / "checkpoint.pt", lambda new: torch.save([state, *parts], new))
 
 def load_state(folder, flags):
-    """What a run adds to (the lines of its files; known: ids by set, from the first evaluation), of
-    the checkpoint that --resume goes on from, whose flags must be the same, or new."""
+    """The state that a run adds to: the lines of its files; known: ids by set, from the first
+    evaluation. With --resume it is the checkpoint's, whose flags must be the same; else new."""
     path = folder / "checkpoint.pt"
     state = {"flags": flags._asdict(), "step": 0, "losses": [], "metrics": [], "generations": [],
              "known": {}}
     if path.exists():
         with or_exit(f"{path}: reading it; without it --resume starts anew"):
-            state, _, _ = torch.load(path, "cpu", mmap=True, weights_only=True)
-            print(f"{path}: going on after step {state['step']}")
+            state, _, _ = torch.load(path, "cpu", mmap=True)
             other = {name: before for name, before in state["flags"].items()
                      if name not in FREE and before != getattr(flags, name)}
         require(not other, f"--resume: {path} is of a run with {other}; pass the same flags")
@@ -924,7 +923,7 @@ def load_state(folder, flags):
 def restore(model, optimizer, folder):
     """Put a checkpoint's weights and optimizer in place; each rank takes its shard of the file."""
     path = folder / "checkpoint.pt"
-    _, weights, moments = torch.load(path, "cpu", mmap=True, weights_only=True)
+    _, weights, moments = torch.load(path, "cpu", mmap=True)
     # set_state_dict, which does both, hangs on several ranks
     dcp.set_model_state_dict(model, weights, options=TRAINED)
     dcp.set_optimizer_state_dict(model, optimizer, moments, options=TRAINED)
@@ -970,29 +969,29 @@ def draw_curves(lines, labels, path):
     table = pandas.DataFrame([line for line in lines if "margin" in line] or lines)
     curves = table.pivot_table("context_acc", "step", labels).interpolate()
     try:
-        axes = curves.plot(figsize=(5, 4), ylabel="context_acc", ylim=(0, 1.05))
+        axes = curves.plot(ylabel="context_acc", ylim=(0, 1.05))
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15))
     write(path, lambda new: axes.figure.savefig(new, dpi=200, format="png", bbox_inches="tight"))
 
 def report(state, sets, tokenizer, folder, flags):
     """Print the verdicts or, of a model that is only measured, a prompt as it is, eight answers and
     the rates; write curve.png and, last, summary.json: the run has finished."""
-    found = {line["set"]: line for line in state["metrics"]}  # the last of each set
+    last, verdicts = {line["set"]: line for line in state["metrics"]}, {}
     for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set", sort=False):
-        found[name] = found[name] | summarise(outcomes.dropna(axis=1, how="all"))
+        verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
         if flags.max_steps == 0:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
-            for answered in outcomes.head(8).reindex(columns=ANSWERED).to_numpy():
+            for answered in outcomes.reindex(columns=ANSWERED).fillna("a control").to_numpy()[:8]:
                 print(*answered, sep=" | ")
-            print(rates(found[name]))
+            print(rates(last[name]))
     if flags.max_steps != 0:
         print("\nrise and drop of context_acc are to and from a peak that other items chose, as the"
               "\nhighest of the table is too high by luck: so drop is not that minus the last")
-        print(pandas.DataFrame(found).loc["verdict":].to_string(float_format="{:.3f}".format))
+        print(pandas.DataFrame(verdicts).loc["verdict":].to_string(float_format="{:.3f}".format))
         draw_curves(state["metrics"], ["set"], folder / "curve.png")
-    write_lines(folder / "summary.json", [found])
+    write_lines(folder / "summary.json", [{name: last[name] | verdicts[name] for name in last}])
 
 def compare(flags):
     """Print a table of the runs of --compare, all seeds of a setting as one line, and draw it."""
@@ -1014,8 +1013,8 @@ def compare(flags):
     groups = table.groupby(labels)
     if setting["max_steps"] == "0":  # only measured
         return print(pandas.concat({", ".join(label): rates(run.iloc[0]) for label, run in groups}))
-    means = groups[["start", "highest", "final", "drop"]].mean().assign(n=groups.size())
-    print(means.to_string(float_format="{:.2f}".format),
+    means = groups.mean(True).reindex(columns=["start", "highest", "final", "drop"])
+    print(means.assign(n=groups.size()).to_string(float_format="{:.2f}".format),
           "drop: from a peak that other items chose, so not highest - final", sep="\n")
     draw_curves(lines, labels, Path(flags.out_dir or folder.parent, "compare.png"))
 
@@ -1135,8 +1134,8 @@ def load_sets(tokenizer, positions, flags):
         conflicts = sorted(conflicts, key=lambda conflict: not conflict.parametric_answers)
         items = [to_item(conflict, tokenizer) for conflict in conflicts]
         items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
-        require(items, f"{name}: no usable evaluation item")
         print(f"{name}: {len(items)} items leave room for --max-new-tokens")
+        require(items, f"{name}: no usable evaluation item")
         short = re.sub(r".*/|\.(jsonl?|csv|parquet)$", "", name)
         sets[name if short in sets else short] = items
     return sets
@@ -1150,8 +1149,8 @@ def open_folder(flags):
     for number in itertools.count(2):
         if flags.resume and (folder / "checkpoint.pt").exists():
             return folder
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+        with or_exit("--out-dir"), contextlib.suppress(FileExistsError):
+            os.makedirs(folder)
             return folder
         folder = Path(f"{first}-{number}")
 

@@ -341,8 +341,7 @@ def summary(*evaluations, groups=1000, control=False):
 def test_drop_is_measured_where_the_peak_was_not_chosen():
     """By hand, and on noise alone, whose highest of 20 evaluations drops by luck."""
     fell = summary([0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30)
-    assert (fell["drop"], fell["rise"], fell["highest"], fell["highest_step"]) == (
-        0.5, 0.75, 0.75, 10)
+    assert (fell["drop"], fell["rise"], fell["highest"]) == (0.5, 0.75, 0.75)
     assert 0.3 < fell["drop_low"] < 0.5 < fell["drop_high"] < 0.7
     noise = random.Random(0).random
     runs = pandas.DataFrame([summary(*[[noise() < 0.5 for _ in range(100)] for _ in range(20)])
@@ -402,7 +401,7 @@ def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, 
     first = inversion.evaluate(model, tokenizer, items, None, flags)
     assert [o["known"] for o in first] == [True, False, False, True, False, False]
     assert [o["closed_book_acc"] for o in first] == [True] + [False] * 5
-    assert first[0]["context_only"] and "context_acc_known" in first[3]
+    assert first[0]["context_acc"] and "context_acc_known" in first[3]
     later = inversion.evaluate(model, tokenizer, items, [items[1].conflict.id], flags)
     assert [o["known"] for o in later] == [False, True] + [False] * 4
     assert "context_acc_known" in later[1] and "context_acc_known" not in later[0]
@@ -480,7 +479,7 @@ def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path)
         folds = tokenizer.chat_template
         wanted = "<s>[user]Go.\n\nHi\n[assistant]"
         assert decoded(folds, TURNS, tokenizer)[0][0] == wanted
-        assert "Go.\n\nC.\n\nHi" in decoded(folds, TURNS, tokenizer, "C.")[0][0]
+        assert "Go.\n\nC.\n\nHi" in decoded(folds, TURNS[:3], tokenizer, "C.")[0][0]
         assert decoded(folds, TURNS[1:], tokenizer)[0][0] == "<s>[user]Hi\n[assistant]"
         again = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "t", tokenizer))
         assert again.apply_chat_template(TURNS[:2], tokenize=False,
@@ -680,7 +679,7 @@ def test_files_at_addresses_are_those_of_the_disk(tmp_path, monkeypatch, capsys)
         monkeypatch.setitem(inversion.SOURCES, "world_facts", f"{address}/c.json")
         assert len(inversion.load_conflicts("world_facts", flags_of())) == 6
         told = refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of())
-        assert f"error: {address}/none.json: none of alpaca, " in told and "404" in told
+        assert f"{address}/none.json: out of reach; pass a local file" in told and "404" in told
         for name in ("c.json", "c.jsonl", "c.csv", "c.parquet"):
             there = inversion.load_rows(f"{address}/{name}", flags_of())
             assert there == inversion.load_rows(str(tmp_path / name), flags_of()), name
@@ -693,8 +692,8 @@ def test_an_address_out_of_reach_is_one_line(capsys):
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/x.jsonl"
         told = refused(capsys, inversion.load_rows, address, flags_of())
-    assert told.count("\n") == 1 and f"error: {address}: none of" in told
-    assert "may be downloaded elsewhere" in told
+    assert told.count("\n") == 1 and f"error: {address}: out of reach" in told
+    assert "pass a local file" in told
 
 
 # --------------------------------------------------------------- models, remedies, mechanism
@@ -735,20 +734,19 @@ def test_qk_refuses_queries_and_keys_in_one_matrix_with_values(family, folder, c
 
 
 def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
-    """Nor its subjects; their context stands before the question; the share is of the rows."""
+    """Nor its subjects; their context stands before the question; a tenth of the rows, or all."""
     leaks = {"question": "Is Peru one?"}, {"sub_answer": "lyon"}, {"question": "The Paris one?"}
     swaps = file(tmp_path / "swaps.json", [SWAPS[0] | leak for leak in leaks] + SWAPS[1:4])
     model, tokenizer, items, examples, flags = load(
         folder, f"--mitigation counterfactual --counterfactual-data {swaps}")
-    found = [inversion.choose_examples(model, tokenizer, examples, {"x": items}, flags._replace(
-        mitigation_strength=share)) for share in (0.1, 9)]
-    assert [len(kept) for kept in found] == [26, 27] and found[1][:24] == examples
-    added = found[1][24:]
+    found = [inversion.choose_examples(model, tokenizer, examples * times, {"x": items}, flags)
+             for times in (1, 5)]
+    assert [len(kept) for kept in found] == [24 + 2, 120 + 3] and found[1][:24] == examples
+    added = found[1][120:]
     assert sorted(e.messages[1]["content"] for e in added) == ["Writer 1", "Writer 2", "Writer 3"]
     prompt = tokenizer.decode(
         inversion.tokenize(added[0].messages, tokenizer, added[0].context)[0][0][0])
     assert prompt.index("is by") < prompt.index("who wrote")
-    assert "24 rows become 26" in capsys.readouterr().out
 
 
 def test_subsets(folder):
@@ -770,9 +768,9 @@ def test_kinds_of_probe_rows(folder):
     """Recall has no context, redundant is the quarter of the others of lowest context-free loss."""
     model, tokenizer, _, examples, flags = load(folder)
     probe = inversion.probe_rows(model, tokenizer, examples, flags)
-    redundant = inversion.redundant_examples(model, tokenizer, examples, 0.25, flags)
+    redundant = inversion.redundant_examples(model, tokenizer, examples, flags)
     assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
-    assert {row.id for row in probe["redundant"]} == set(redundant)
+    assert {row.id for row in probe["redundant"]} == redundant
     chats = [inversion.Example(i, TURNS) for i in range(9)]
     assert list(inversion.probe_rows(model, tokenizer, chats, flags)) == ["recall"]
 
@@ -788,8 +786,8 @@ def test_chats_mark_no_context(folder, tmp_path, capsys):
 # -------------------------------------------------------------------------------- whole runs
 
 @pytest.mark.parametrize("remedy, says", [
-    ("none", "24 rows become 24"), ("counterfactual", "24 rows become 26"),
-    ("filter", "24 rows become 21"), ("qk", "qk: trains 3072")])
+    ("none", "24 of 24, 24 rows"), ("counterfactual", "26 of 24, 26 rows"),
+    ("filter", "21 of 24, 21 rows"), ("qk", "24 of 24, 24 rows")])
 def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
@@ -800,11 +798,11 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     history, told = run(folder, tmp_path / "run", flags), capsys.readouterr().out
     metrics, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "generations.jsonl", "args.json")]
-    assert "known: memorised answers that the model gives" in told
+    assert "known before finetuning, in the template or after a bare question" in told
     assert says in told and "verdict" in told and max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
-        "step set n n_conflicts n_known context_acc parametric_acc context_only parametric_only "
+        "step set n n_conflicts n_known context_acc parametric_acc "
         "both neither closed_book_acc margin m_c loss lr critical_push recall_push redundant_loss "
         "redundant_push".split())
     assert all("critical_push" in line and line["n_conflicts"] == 5 for line in history)
@@ -832,7 +830,7 @@ def test_a_remedy_of_ones_own(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(inversion.MITIGATIONS, "mine", mine)
     for name in ("none", "mine"):
         run(folder, tmp_path / name, f"--mitigation {name}")
-    assert "rows.json: 5 rows" in capsys.readouterr().out
+    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
     inversion.main(["--compare", str(tmp_path / "none"), str(tmp_path / "mine")])
     told = capsys.readouterr().out
     assert re.search("^mine .* 1$", told, re.M) and re.search("^none .* 1$", told, re.M)
@@ -849,7 +847,7 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
     (same / "summary.json").unlink()
     for out, (start, highest, final, drop) in {a: (.2, .6, .4, .1), b: (.4, .8, .2, .3)}.items():
         found, = lines_of(out / "summary.json")
-        assert set(found["conflicts"]) >= {"highest_step", "verdict", "rise_low", "drop_high"}
+        assert set(found["conflicts"]) >= {"highest", "verdict", "rise_low", "drop_high"}
         found["conflicts"] |= dict(start=start, highest=highest, final=final, drop=drop)
         file(out / "summary.json", found)
     capsys.readouterr()
@@ -869,11 +867,11 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
     assert [line["set"] for line in history] == ["squad", "conflicts"] * 2
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
-    told = capsys.readouterr().out.partition("\ncontext_acc rises to")[2]
-    assert "margin" not in told and re.findall(r"^(\w+) .* no change shown", told, re.M) == [
+    told = capsys.readouterr().out.partition("\nrise and drop of context_acc")[2]
+    assert "n_known" not in told and re.findall(r"^(\w+) .* no change shown", told, re.M) == [
         "verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
-    assert "9 rows become 7" in capsys.readouterr().out
+    assert "7 of 9, 7 rows" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
 
 
@@ -891,10 +889,10 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     for name in ("llama", "neox"):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
-    assert told.count("conflicts, a prompt as the model gets it:\n<s><|user|>\nThe capital") == 2
-    assert told.count("| what was said") == 4 and "verdict" not in told and "curve" not in told
+    assert told.count("conflicts: <s><|user|>\nThe capital") == 2
+    assert told.count("context_answer parametric_answer text") == 4 and "verdict" not in told and "curve" not in told
     assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
-    assert "\nWhen was 50? | 0 | None | " in told
+    assert "\nWhen was 50? | 0 | a control | " in told
     assert not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
@@ -925,9 +923,11 @@ def test_models_that_are_special(family, trains, config, folder, tmp_path, capsy
     model = transformers.AutoModelForCausalLM.from_config(config)
     save(tmp_path / "m", model, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
     more = "--max-length 4096 --mechanism" + " --mitigation qk" * bool(trains)
-    history, told = run(folder, tmp_path / "run", more, tmp_path / "m"), capsys.readouterr().out
+    history = run(folder, tmp_path / "run", more, tmp_path / "m")
     assert len(history) == 3 and "critical_push" in history[0]
-    assert not trains or f"qk: trains {trains} weights" in told
+    if trains:
+        inversion.train_query_key_only(model)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trains
 
 
 @pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
@@ -952,7 +952,7 @@ def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, cap
     pytest.importorskip("peft")
     flags = "--lora-rank 4 --save-model --max-steps 4 --lr 0.01"
     margins = [line["margin"] for line in run(folder, tmp_path / "run", flags, family)]
-    assert "trainable params" in capsys.readouterr().out and margins[0] != margins[-1]
+    assert margins[0] != margins[-1]
     base, merged = pretrained(folder / family), pretrained(tmp_path / "run/model")
     moved = [name for (name, a), b in zip(base.named_parameters(), merged.parameters())
              if not torch.equal(a, b)]
@@ -983,8 +983,7 @@ def test_two_ranks_are_one_process(folder, tmp_path):
                  for case, more in cases.items()} for ranks in ("one", "two")]
     done = torchrun(tmp_path, 2, [*two.values(), two["none"], two["lora"]])
     assert done.returncode == 0, done.stderr[-3000:]
-    told = [done.stdout.count(text) for text in ("verdict", "going on after step 8")]
-    assert told == [len(cases) + 2, 2]  # rank 0 alone prints
+    assert done.stdout.count("verdict") == len(cases) + 2  # rank 0 alone prints
     for case in cases:
         for flags in [two[case]] * (case == "none") + [one[case]]:  # two's goes on on one
             inversion.main(flags)
@@ -1048,7 +1047,6 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
         with patch, pytest.raises(MemoryError):
             inversion.main(flags)
     assert len(inversion.main(flags)) == 5 and not (tmp_path / "broken-2").exists()
-    assert "going on after step" in capsys.readouterr().out
     assert metrics_of(whole) == metrics_of(broken)
     for name in ("model/model.safetensors", "generations.jsonl", "losses.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
@@ -1060,9 +1058,9 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
     path = tmp_path / "run/checkpoint.pt"
     run(folder, tmp_path / "run", flags)
     whole = path.read_bytes()
-    for more, told in (("--lr 0.5", "another ['lr']"), ("--mechanism", "another ['mechanism']"),
-                       (f"--dataset {folder}/squad.json", "another ['dataset']"),
-                       (f"--model {folder}/mistral", "another ['model']")):
+    for more, told in (("--lr 0.5", "with {'lr': 0.001}"), ("--mechanism", "with {'mechanism': False}"),
+                       (f"--dataset {folder}/squad.json", "with {'dataset': "),
+                       (f"--model {folder}/mistral", "with {'model': ")):
         assert told in refused(capsys, run, folder, tmp_path / "run", f"{flags} {more}")
     for content in ([1, 2], {}, [{}, {}, {}], b"torn", whole[:len(whole) // 2]):
         if isinstance(content, bytes):
@@ -1101,7 +1099,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path, capsys):
 def test_interrupted_is_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(inversion, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
     told = refused(capsys, run, folder, tmp_path / "x", status=130)
-    assert f"interrupted; what was measured so far is in {tmp_path}/x" in told
+    assert f"interrupted; see {tmp_path}/x; --checkpoint-every and --resume go on" in told
 
 
 def test_folders_of_runs(tmp_path, monkeypatch):
@@ -1178,8 +1176,8 @@ def test_world_rises_and_falls(tmp_path):
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inversion, "PRETRAINING", inversion.PRETRAINING | dict(
         max_steps=10, num_examples=2000))
-    for remedy, says in {"filter": "filter: dropped", "qk --lr 0.1": "qk: trains",
-                         "counterfactual": "counterfactual: 30 wanted"}.items():
+    for remedy, says in {"filter": "of 300, ", "qk --lr 0.1": "300 of 300, 300 rows",
+                         "counterfactual": "330 of 300, 330 rows"}.items():
         flags = shlex.split("--max-steps 2 --num-examples 300 --eval-limit 9 "
                             f"--out-dir {tmp_path}/run --mitigation {remedy}")
         history, told = inversion.main(flags), capsys.readouterr().out
@@ -1235,28 +1233,28 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys):
     a_run = save(tmp_path / "a_run", nan)
     file(a_run / "args.json", "[1")
     cases = [
-        ("--dataset nosuchname", "nosuchname: none of*may be downloaded"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: none of*NotFound"),
-        ("--eval-set no/such-set", "no/such-set: none of"),
-        (f"--model {tmp_path}/gone", "gone: reading it as a causal LM"),
-        ("--model no/such-model", "no/such-model: reading it as a causal LM"),
+        ("--dataset nosuchname", "nosuchname: out of reach; pass a local file"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: out of reach*NotFound"),
+        ("--eval-set no/such-set", "no/such-set: out of reach"),
+        (f"--model {tmp_path}/gone", "gone: reading this hub id or folder"),
+        ("--model no/such-model", "no/such-model: reading this hub id or folder"),
         (f"--model {bert}", "is no causal LM"), (f"--model {tmp_path}/nan", "nan: is no*has NaN"),
-        (f"--model {a_run}", "a_run: reading it*of a run: OUT_DIR/model"),
+        (f"--model {a_run}", "a_run: reading*of a run, OUT_DIR/model"),
         (f"--compare {tmp_path}/gone", "none of these is a finished run"),
         (f"--compare {a_run}", "none of these is a finished run"),
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: none of"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: out of reach"),
         ("--lora-rank 1000000000000", "--lora-rank: adding"), ("--max-length 8", "no usable row"),
-        ("--batch-size 0", "--batch-size: invalid positive value: '0'"), ("--lr x", "--lr: inv"),
-        ("--eval-every -1", "--eval-every: invalid"), ("--subset some", "--subset: invalid choice"),
+        ("--batch-size 0", "--batch-size, --eval-every and*must be 1"), ("--lr x", "--lr: inv"),
+        ("--eval-every -1", "--eval-every and*must be 1"), ("--subset some", "--subset: invalid choice"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
          "all of it is evaluated")]
     for name, content, told in [
             ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
              ", row 2 (ValueError: has ['instruction']; known"),
-            ("b.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ": none of*line 2"),
-            ("c.json", "[ ]", ": no usable row"), ("d.json", "[{]", ": none of*JSONDecodeError"),
+            ("b.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ": out of reach*line 2"),
+            ("c.json", "[ ]", ": no usable row"), ("d.json", "[{]", ": out of reach*JSONDecodeError"),
             ("e.jsonl", "\n", ": no usable row"), ("f.json", "[1]", ", row 1 ("),
             ("g.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], ": no usable row"),
             ("h.json", [dict(messages=[])], ": no usable row"),
@@ -1292,11 +1290,8 @@ def test_readme_commands_parse():
         inversion.parse_flags(shlex.split(command))
 
 
-def test_help_names_every_flag_and_the_default_strength_is_that_of_the_remedy(capsys):
+def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
     assert all(entry[0] in shown for entry in inversion.FLAGS)
-    for more, share in (("filter", 0.25), ("counterfactual", 0.1), ("none", None),
-                        ("filter --mitigation-strength 0", 0)):
-        assert inversion.parse_flags(f"--mitigation {more}".split()).mitigation_strength == share
