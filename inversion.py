@@ -388,7 +388,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
     --counterfactual-data that name nothing evaluated, as examples that follow their context."""
     added = [Example("added", question_and_answer(c.question, c.context_answers[0]), c.context)
              for c in load_conflicts(flags.counterfactual_data, flags)]
-    free = not_naming(added, sets, with_context=False)
+    free = not_naming(added, sets, False)
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
     count = min(round(0.1 * len(examples)), len(free))
     return examples + random.Random(flags.seed).sample(free, count)
@@ -703,8 +703,8 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 def parse_turn(turn):
     """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # of parts; an image, which has no text, is an error
-        content = "\n".join(part["text"] for part in content)
+    if isinstance(content, list):  # of parts, of which an image has no text
+        content = "\n".join(part.get("text", "") for part in content)
     if role not in ROLES or not content or turn.get("tool_calls"):
         raise Unusable("tools, an unknown role, or a turn without a text")
     return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight", 1)}
@@ -979,7 +979,7 @@ def report(state, sets, tokenizer, folder, flags):
     """Print the verdicts or, of a model that is only measured, a prompt as it is, eight answers and
     the rates; write curve.png and, last, summary.json: the run has finished."""
     last, verdicts = {line["set"]: line for line in state["metrics"]}, {}
-    for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set", sort=False):
+    for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set"):
         verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
         if flags.max_steps == 0:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
