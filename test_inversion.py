@@ -1,6 +1,7 @@
 """Tests: python -m pytest -q (CPU, offline). Tiny random models, a tokenizer trained here and files
 in a temporary folder stand in for real ones. The first eight tests are the ones to read."""
 import concurrent.futures
+import functools
 import http.server
 import importlib.util
 import json
@@ -8,7 +9,6 @@ import random
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -52,6 +52,16 @@ SWAPS = [dict(question=f"who wrote {i}", org_context="x", org_answer=[f"Author {
               sub_context=f"{i} is by Writer {i}.", sub_answer=[f"Writer {i}"]) for i in range(8)]
 SQUAD = [dict(context=f"It was {i}.", question=f"When was {i + 50}?",
               answers=dict(text=[str(i)], answer_start=[0])) for i in range(9)]
+ADD, SHORT = dict(instruction="Add.", output="3"), "<s><|user|>\nAdd.\n<|assistant|>\n3</s>"
+TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
+            {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]
+PARTS = [dict(role="user", content=[dict(type="text", text="Hi"), dict(type="image")]), TURNS[2]]
+C, P, BOTH, NEITHER = (1, 0), (0, 1), (1, 1), (0, 0)
+HEART = "Absence makes the heart grow"
+HEAVY = 'Write a quote that ends in the word "heavy":'
+FACT = dict(context="c", question="q", answer="x", memory_answer="y")
+WHEN = "When was 50?", "It was 0."
 
 
 @pytest.fixture(scope="session")
@@ -99,10 +109,6 @@ def file(path, content):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def metrics_of(folder):
-    return lines_of(folder / "metrics.jsonl")
 
 
 def argv(folder, out, more="", model="llama"):
@@ -153,97 +159,86 @@ def their_loss(model, *rows):
 
 
 # ------------------------------------------------------------------- the eight that teach most
-
-ADD, SHORT = dict(instruction="Add.", output="3"), "<s><|user|>\nAdd.\n<|assistant|>\n3</s>"
-TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
-SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
-            {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]
-PARTS = [dict(role="user", content=[dict(type="text", text="Hi"), dict(type="image")]), TURNS[2]]
-
-
-@pytest.mark.parametrize("row, template, text, supervised", [
-    (ADD, "tulu", SHORT, "3</s>"),
-    (ADD | dict(input=""), "auto", "<s>[user]Add.\n[assistant]3</s>", "3</s>"),
-    (dict(instruction=" Add.", input="{1, 2} ", output="3 "), "tulu",
+GOLDEN = [  # row, its text, what of it is learnt
+    (ADD, SHORT, "3</s>"), (dict(prompt="Add.", completion="3"), SHORT, "3</s>"),
+    (ADD | dict(output=3, input=None), SHORT, "3</s>"),  # a number, no input
+    (dict(instruction=" Add.", input="{1, 2} ", output="3 "),
      "<s><|user|>\n{1, 2}\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
-    (ADD | dict(output=3, input=None), "tulu", SHORT, "3</s>"),  # a number, no input
-    (ADD | dict(system="Go."), "tulu", "<s><|system|>\nGo.\n" + SHORT[3:], "3</s>"),
-    (dict(prompt="Add.", completion="3"), "tulu", SHORT, "3</s>"),
-    (dict(messages=TURNS, id="x"), "tulu", "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=TURNS[1:] + TURNS[1:2]), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=TURNS[:3]), "auto", "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>",
-     "Hello</s>"),
-    (dict(messages=[TURNS[1], TURNS[2] | dict(weight=0), *TURNS[3:]]), "tulu", "<s>" + TULU,
-     "Ciao</s>"),  # not to be learnt
-    (dict(messages=str(TURNS[1:])), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),  # a cell of CSV
-    (dict(conversations=SHAREGPT, tools="[]"), "tulu", "<s>" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=PARTS), "auto", "<s>[user]Hi\n[assistant]Hello</s>", "Hello</s>"),
-    (SQUAD[3], "tulu", "<s><|user|>\nIt was 3.\n\nWhen was 53?\n<|assistant|>\n3</s>", "3</s>")])
-def test_golden_labels(row, template, text, supervised, tokenizer):
+    (ADD | dict(system="Go."), "<s><|system|>\nGo.\n" + SHORT[3:], "3</s>"),
+    (SQUAD[3], "<s><|user|>\nIt was 3.\n\nWhen was 53?\n<|assistant|>\n3</s>", "3</s>"),
+    (dict(messages=TURNS, id="x"), "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
+    (dict(messages=TURNS[1:] + TURNS[1:2]), "<s>" + TULU, "Hello</s>Ciao</s>"),
+    (dict(messages=[TURNS[1], TURNS[2] | dict(weight=0), *TURNS[3:]]), "<s>" + TULU,
+     "Ciao</s>"),  # the other is not to be learnt
+    (dict(messages=str(TURNS[1:])), "<s>" + TULU, "Hello</s>Ciao</s>"),  # a cell of CSV
+    (dict(conversations=SHAREGPT, tools="[]"), "<s>" + TULU, "Hello</s>Ciao</s>"),
+    # by the template of the tokenizer
+    (ADD | dict(input=""), "<s>[user]Add.\n[assistant]3</s>", "3</s>"),
+    (dict(messages=TURNS[:3]), "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>", "Hello</s>"),
+    (dict(messages=PARTS), "<s>[user]Hi\n[assistant]Hello</s>", "Hello</s>")]
+
+
+@pytest.mark.parametrize("row, text, learnt", GOLDEN)
+def test_golden_labels(row, text, learnt, tokenizer):
     """Response and EOS supervised, nothing else; one BOS although the template writes one too."""
     tokenizer.chat_template = CHAT
+    template = "tulu" if "<|" in text else "auto"
     inversion.set_template(tokenizer, flags_of(f"--template {template}"))
     example, *_ = inversion.parse_row(7, row)
     (found,), notes = inversion.encode([example], tokenizer, mock.Mock(max_length=999))
     keep = found.labels != -100
     assert not notes and found.id == 7 and tokenizer.decode(found.input_ids) == text
-    assert tokenizer.decode(found.input_ids[keep]) == supervised
+    assert tokenizer.decode(found.input_ids[keep]) == learnt
     assert torch.equal(found.labels[keep], found.input_ids[keep])
 
 
-CAIRO, BO, HEART = ("New Cairo", "Cairo"), ("Bo", "Freetown"), "Absence makes the heart grow"
-NUMBERS, VITAMIN = ("5", "1500"), ("Vitamin C", "The Hague")
-ROWLING, ASIA, HEPATITIS = ("J.K. Rowling", "Łódź"), ("パリ", "서울"), ("Hepatitis B", "Hepatitis A")
-
-
-@pytest.mark.parametrize("answers, text, hits, question", [
-    # the table of score, row by row
-    (CAIRO, "It is New Cairo.", (1, 0), ""), (CAIRO, "Cairo, New Cairo", (1, 1), ""),
-    (BO, "Bosnia", (0, 0), ""), (BO, "Not Freetown, Bo", (1, 1), ""),
-    (NUMBERS, "It was 2.5 or -5", (0, 0), ""), (NUMBERS, "1,500, not 5%", (1, 1), ""),
-    (VITAMIN, "vitamin A", (0, 0), ""), (VITAMIN, "Hague", (0, 1), ""),
-    (ROWLING, "J. K. Rowling", (1, 0), ""), (ROWLING, "Lodz", (0, 1), ""),
-    (ASIA, "バリ島", (0, 0), ""), (ASIA, "서울은", (0, 1), ""),
-    # whole words
-    (CAIRO, "New Cairo New Cairo", (1, 0), ""), (CAIRO, "Cairo", (0, 1), ""),
-    (BO, "Not Freetown but BO!", (1, 1), ""), (("Lyon", "Paris"), "", (0, 0), ""),
-    (HEPATITIS, "hepatitis a", (0, 1), ""), (HEPATITIS, "a hepatitis B", (1, 0), ""),
-    (("A", "B"), "Answer: A", (1, 0), ""), (("A", "B"), "B.", (0, 1), ""),
-    (("Denver", "Washington, D.C."), "Washington DC", (0, 1), ""),
-    (("Fermi", "da Vinci"), "Fermi's work", (1, 0), ""),
-    (ROWLING, "JK Rowling", (1, 0), ""), (("the US", "UK"), "The U.S. it is", (1, 0), ""),
+@pytest.mark.parametrize("context_answer, memory_answer, said", [
+    # the table of score, row by row, and more of whole words
+    ("New Cairo", "Cairo", {"It is New Cairo.": C, "Cairo, New Cairo": BOTH,
+                            "New Cairo New Cairo": C, "Cairo": P}),
+    ("Bo", "Freetown", {"Bosnia": NEITHER, "Not Freetown, Bo": BOTH, "Not Freetown but BO!": BOTH}),
+    ("5", "1500", {"It was 2.5 or -5": NEITHER, "1,500, not 5%": BOTH}),
+    ("Vitamin C", "The Hague", {"vitamin A": NEITHER, "Hague": P}),
+    ("J.K. Rowling", "Łódź", {"J. K. Rowling": C, "JK Rowling": C, "Lodz": P}),
+    ("パリ", "서울", {"バリ島": NEITHER, "서울은": P}), ("Lyon", "Paris", {"": NEITHER}),
+    ("Hepatitis B", "Hepatitis A", {"hepatitis a": P, "a hepatitis B": C}),
+    ("A", "B", {"Answer: A": C, "B.": P}), ("Denver", "Washington, D.C.", {"Washington DC": P}),
+    ("Fermi", "da Vinci", {"Fermi's work": C}), ("the US", "UK", {"The U.S. it is": C}),
     # numbers
-    (("19", "21"), "in 1921", (0, 0), ""), (("5", "2"), "2.5 bar", (0, 0), ""),
-    (("3", "50"), "3.50", (0, 0), ""), (("30", "12"), "12:30", (0, 0), ""),
-    (("5", "6"), "-5", (0, 0), ""), (("-5", "5"), "−5", (1, 0), ""), (("1", "2"), "½", (0, 0), ""),
-    (("1,500", "1"), "1500", (1, 0), ""), (("10", "9"), "10%", (1, 0), ""),
-    (("1990", "1991"), "born (1990)", (1, 0), ""), (("5", "6"), "about 5.", (1, 0), ""),
-    (("2,000 km", "21,000 km"), "about 2000 kilometers.", (1, 0), ""),
+    ("19", "21", {"in 1921": NEITHER}), ("5", "2", {"2.5 bar": NEITHER}),
+    ("3", "50", {"3.50": NEITHER}), ("30", "12", {"12:30": NEITHER}), ("-5", "5", {"−5": C}),
+    ("5", "6", {"-5": NEITHER, "about 5.": C}), ("1", "2", {"½": NEITHER}),
+    ("1,500", "1", {"1500": C}), ("10", "9", {"10%": C}), ("1990", "1991", {"born (1990)": C}),
+    ("2,000 km", "21,000 km", {"about 2000 kilometers.": C}),
     # letters and scripts
-    (("Hulhumalé", "Malé"), "hulhumale", (1, 0), ""), (("Tromsø", "Straße"), "tromso", (1, 0), ""),
-    (("Tromsø", "Straße"), "STRASSE", (0, 1), ""), (("Đà Nẵng", "Huế"), "Da Nang", (1, 0), ""),
-    (("राम", "रोम"), "रोम", (0, 1), ""), (("राम", "रोम"), "राम", (1, 0), ""),
-    (("东城", "西城"), "首都是东城。", (1, 0), ""),
-    (("กรุงเทพ", "เชียงใหม่"), "เมืองหลวงคือกรุงเทพ", (1, 0), ""),
-    # an echo of the question
-    (("heavy", "fonder"), HEART + " fonder.", (0, 1), HEART),
-    (("grow", "fonder"), HEART + " old", (0, 0), HEART),
-    (("grow", "fonder"), f"{HEART} {HEART}", (1, 0), HEART)])  # the first one alone
-def test_scorer_by_hand(answers, text, hits, question):
-    conflict = inversion.Conflict(1, question, "", answers[:1], answers[1:])
-    assert inversion.score(text, conflict) == hits
+    ("Hulhumalé", "Malé", {"hulhumale": C}), ("Tromsø", "Straße", {"tromso": C, "STRASSE": P}),
+    ("Đà Nẵng", "Huế", {"Da Nang": C}), ("राम", "रोम", {"रोम": P, "राम": C}),
+    ("东城", "西城", {"首都是东城。": C}), ("กรุงเทพ", "เชียงใหม่", {"เมืองหลวงคือกรุงเทพ": C}),
+    # an echo of the question, of which the first one alone does not count
+    ("heavy", "fonder", {HEART + " fonder.": P}),
+    ("grow", "fonder", {HEART + " old": NEITHER, f"{HEART} {HEART}": C})])
+def test_scorer_by_hand(context_answer, memory_answer, said):
+    for text, hits in said.items():
+        question = HEART if text.startswith(HEART) else ""
+        conflict = inversion.Conflict(1, question, "", [context_answer], [memory_answer])
+        assert inversion.score(text, conflict) == hits, text
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_loss_is_that_of_transformers(family, folder):
-    """Log-probabilities of a padded batch = the model's own loss with labels=, row by row."""
-    model, _, _, _, flags = load(folder, model=family)
+def test_losses_and_answers_of_padded_batches_are_those_of_transformers(family, folder):
+    """Log-probabilities = the model's own loss with labels=, row by row; answers, one by one."""
+    model, tokenizer, _, _, flags = load(folder, "--max-new-tokens 12", family)
     rows = rows_of([(3, 9), (5, 1), (2, 14)])
     wanted = [-their_loss(model, row).item() * row.targets for row in rows]
     together = inversion.row_logp(model, rows, flags)
     assert [row.targets for row in rows] == [9, 1, 14] and together.requires_grad
     assert together.tolist() == approx(wanted, rel=1e-5)
     assert inversion.target_logp(model, rows, flags) == approx(wanted, rel=1e-5)
+    prompts = [r.input_ids.tolist() for r in rows_of([(n, 0) for n in (3, 17, 5, 9, 30, 4, 11)])]
+    together = inversion.generate(model, tokenizer, prompts, flags)
+    alone = inversion.generate(model, tokenizer, prompts, flags._replace(eval_batch_tokens=1))
+    ids = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=12)[0, 17:]
+    assert together == alone and together[1] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def trained(model, rows, steps, flags):
@@ -291,7 +286,8 @@ def test_evaluation_leaves_training_alone(folder, tmp_path):
 
 
 def test_filter_drops_the_lowest_context_free_loss(folder):
-    """Against transformers' loss of each row rendered without its input."""
+    """Against transformers' loss of each row rendered without its input; these rows are the
+    redundant ones of the mechanism, whose rows of recall have no context."""
     model, tokenizer, _, examples, flags = load(folder, "--mitigation filter")
     losses = {}
     for example in [example for example in examples if example.context]:
@@ -301,6 +297,11 @@ def test_filter_drops_the_lowest_context_free_loss(folder):
     kept = inversion.choose_examples(model, tokenizer, examples, {}, flags)
     assert len(losses) == 12
     assert [e.id for e in kept] == [e.id for e in examples if e.id not in lowest]
+    probe = inversion.probe_rows(model, tokenizer, examples, flags)
+    assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
+    assert {row.id for row in probe["redundant"]} == set(lowest)
+    chats = [inversion.Example(i, TURNS) for i in range(9)]
+    assert list(inversion.probe_rows(model, tokenizer, chats, flags)) == ["recall"]
 
 
 @pytest.mark.parametrize("family, qk", [("llama", 0), ("neox", 0), ("llama", 1), ("mistral", 1)])
@@ -339,7 +340,8 @@ def summary(*evaluations, groups=1000, control=False):
 
 
 def test_drop_is_measured_where_the_peak_was_not_chosen():
-    """By hand, and on noise alone, whose highest of 20 evaluations drops by luck."""
+    """By hand; on noise alone, whose highest of 20 evaluations drops by luck; and its 95% interval
+    holds it in 90% of 200 draws, where items of a group that agree count once."""
     fell = summary([0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30)
     assert (fell["drop"], fell["rise"], fell["highest"]) == (0.5, 0.75, 0.75)
     assert 0.3 < fell["drop_low"] < 0.5 < fell["drop_high"] < 0.7
@@ -348,50 +350,48 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
                              for _ in range(40)])
     assert (runs["highest"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
     assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
+    chance, few = random.Random(1).random, [[0] * 8, [1] * 8, [1, 0] * 4]
+    runs = pandas.DataFrame([summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
+                             for _ in range(200)])
+    assert ((runs["drop_low"] <= 0.3) & (0.3 <= runs["drop_high"])).sum() >= 180
+    five = summary(*[hits * 5 for hits in few], groups=8)
+    assert five["drop_low"] == approx(summary(*few)["drop_low"])
 
 
 # --------------------------------------------------------------------- verdicts and metrics
-
 def test_verdicts():
-    """No change, inversion, of a control both, a fall, a rise; fewer than six groups show none."""
     evaluations = [0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
     same = summary([1, 0] * 20, [1, 0] * 20, [1, 0] * 20)
     assert same["drop"] == same["drop_low"] == same["drop_high"] == same["rise"] == 0
-    assert same["verdict"] == "no change shown"
-    assert summary(*evaluations)["verdict"] == "inversion"
-    assert summary(*evaluations, control=True)["verdict"] == "both"
-    assert summary([1] * 40, [1, 0] * 20)["verdict"] == "a fall"  # from the start: no inversion
-    assert summary([0] * 40, [1, 0] * 20)["verdict"] == "a rise"
-    for groups, shown in ((5, "no change shown"), (6, "inversion")):  # many items, few groups
-        assert summary([0] * 40, [1] * 40, [0] * 40, groups=groups)["verdict"] == shown
+    five, six = [summary([0] * 40, [1] * 40, [0] * 40, groups=groups) for groups in (5, 6)]
+    cases = [(same, "no change shown"), (summary([0] * 40, [1, 0] * 20), "a rise"),
+             (summary([1] * 40, [1, 0] * 20), "a fall"),  # from the start: no inversion
+             (summary(*evaluations), "inversion"), (summary(*evaluations, control=True), "both"),
+             (five, "no change shown"), (six, "inversion")]  # many items, few groups
+    assert [found["verdict"] for found, _ in cases] == [verdict for _, verdict in cases]
 
 
-def test_interval_of_a_drop_covers_it():
-    """95% intervals hold it in 90% of 200 draws; items of a group that agree count once."""
-    chance, held, few = random.Random(1).random, 0, [[0] * 8, [1] * 8, [1, 0] * 4]
-    for _ in range(200):
-        found = summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
-        held += found["drop_low"] <= 0.3 <= found["drop_high"]
-    five = summary(*[hits * 5 for hits in few], groups=8)
-    assert held >= 180 and five["drop_low"] == approx(summary(*few)["drop_low"])
-
-
-def test_metrics_by_hand():
-    """Four conflicts: C, P, both, neither; the base model knew the first two; one control."""
+def test_metrics_and_rates_by_hand():
+    """Four conflicts: C, P, both, neither; the base model knew the first two; one control. Rates
+    have Wilson's intervals, those of known items over these alone."""
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
                      neither=not c and not p, closed_book_acc=i == 0, margin=float(i), known=i < 2)
                 | ({"context_acc_known": bool(c)} if i < 2 else {})
                 for i, (c, p) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)])]
-    line = inversion.metrics([*outcomes, dict(id=9, context_acc=True)])
-    assert (line["n"], line["n_conflicts"], line["n_known"], line["margin"]) == (5, 4, 2, 1.5)
-    assert line["context_acc"] == 0.6 and line["parametric_acc"] == 0.5
-    assert line["context_acc_known"] == 0.5
-    assert line["both"] == line["neither"] == line["closed_book_acc"] == 0.25
+    assert inversion.metrics([*outcomes, dict(id=9, context_acc=True)]) == approx(dict(
+        n=5, n_conflicts=4, n_known=2, margin=1.5, context_acc=0.6, parametric_acc=0.5, both=0.25,
+        neither=0.25, closed_book_acc=0.25, context_acc_known=0.5))
     assert inversion.metrics([dict(context_acc=True, text="x")]) == dict(n=1, context_acc=1)
+    line = dict(n=20, n_conflicts=10, n_known=4, context_acc=0.0, closed_book_acc=1.0,
+                context_acc_known=0.5, parametric_acc_known=0.25, margin=1.0)
+    found = inversion.rates(line).T.to_dict("list")
+    assert found["context_acc"] == [0, 0, 0.16, 20] and found["closed_book_acc"] == [1, 0.72, 1, 10]
+    assert found["context_acc_known"] == [0.5, 0.15, 0.85, 4]
+    assert found["parametric_acc_known"][::3] == [0.25, 4] and len(found) == 4
+    assert list(inversion.rates(line | dict(n_known=0))) == ["share", "low", "high", "n"]
 
 
 def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, monkeypatch):
-    """There, in the first line: a base model goes on with questions of its own."""
     model, tokenizer, items, _, flags = load(folder)
     bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
     said = {str(items[0].closed_book_prompt): "Paris", str(bare[3]): " Madrid.\nQuestion:",
@@ -429,19 +429,7 @@ def test_margin_is_that_of_the_model(template, space, folder):
     assert "It is Lyon." not in closed and "Capital?" in closed
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_batched_generation_is_that_of_one_prompt(family, folder):
-    """Left padding does not change an answer, nor does the size of a batch."""
-    model, tokenizer, _, _, flags = load(folder, "--max-new-tokens 12", family)
-    prompts = [r.input_ids.tolist() for r in rows_of([(n, 0) for n in (3, 17, 5, 9, 30, 4, 11)])]
-    together = inversion.generate(model, tokenizer, prompts, flags)
-    alone = inversion.generate(model, tokenizer, prompts, flags._replace(eval_batch_tokens=1))
-    ids = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=12)[0, 17:]
-    assert together == alone and together[1] == tokenizer.decode(ids, skip_special_tokens=True)
-
-
 # --------------------------------------------------------------------------------- templates
-
 @pytest.mark.parametrize("template", ["tulu", "auto"])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
@@ -464,7 +452,6 @@ def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenize
 
 
 def decoded(template, turns, tokenizer, context=""):
-    """The texts of tokenize's conversations."""
     tokenizer.chat_template = template
     return [[tokenizer.decode(ids) for ids, _ in parts]
             for parts in inversion.tokenize(turns, tokenizer, context)]
@@ -476,8 +463,7 @@ def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path)
     for template in (REFUSES, drops):
         tokenizer.chat_template = template
         inversion.set_template(tokenizer, flags_of())
-        folds = tokenizer.chat_template
-        wanted = "<s>[user]Go.\n\nHi\n[assistant]"
+        folds, wanted = tokenizer.chat_template, "<s>[user]Go.\n\nHi\n[assistant]"
         assert decoded(folds, TURNS, tokenizer)[0][0] == wanted
         assert "Go.\n\nC.\n\nHi" in decoded(folds, TURNS[:3], tokenizer, "C.")[0][0]
         assert decoded(folds, TURNS[1:], tokenizer)[0][0] == "<s>[user]Hi\n[assistant]"
@@ -489,19 +475,14 @@ def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path)
     assert tokenizer.chat_template == CHAT
 
 
-def test_every_answer_of_a_template_that_rewrites_is_learnt(tokenizer):
-    """In a row of its own where earlier text changes with every turn."""
-    rewrites = "{{ messages | length }}" + CHAT
+def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
+    rewrites = "{{ messages | length }}" + CHAT  # earlier text changes: a row of its own
     assert decoded(rewrites, TURNS, tokenizer) == [
         ["3<s>[system]Go.\n[user]Hi\n[assistant]", "Hello</s>"],
         ["5<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]", "Ciao</s>"]]
-    rows, _ = inversion.encode([inversion.Example(4, TURNS)], tokenizer,
-                               mock.Mock(max_length=999))
-    learnt = [tokenizer.decode(row.input_ids[row.labels != -100]) for row in rows]
-    assert learnt == ["Hello</s>", "Ciao</s>"] and [row.id for row in rows] == [4, 4]
-
-
-def test_templates_that_think_end_turns_oddly_or_date(tokenizer):
+    rows, _ = inversion.encode([inversion.Example(4, TURNS)], tokenizer, mock.Mock(max_length=999))
+    assert [(row.id, tokenizer.decode(row.input_ids[row.labels != -100])) for row in rows] == [
+        (4, "Hello</s>"), (4, "Ciao</s>")]
     thinks = CHAT.replace("[assistant]", "[assistant]<think>\n")
     assert decoded(thinks, TURNS[1:3], tokenizer) == [
         ["<s>[user]Hi\n[assistant]<think>\n\n</think>\n\n", "Hello</s>"]]
@@ -520,14 +501,18 @@ def test_templates_that_think_end_turns_oddly_or_date(tokenizer):
 
 
 def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
-    """A template that shows no answer, conversations without one, and what is too long."""
+    """Tools, roles nobody knows, no text, templates that show no answer, no answer, too long."""
+    for row in (ADD | dict(tools="[{}]"), dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]]),
+                *[dict(messages=[TURNS[1], TURNS[2] | more])
+                  for more in (dict(tool_calls=[1]), dict(content=None))]):
+        with pytest.raises(inversion.Unusable):
+            inversion.parse_row(1, row)
     for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):
         with pytest.raises(inversion.Unusable, match="refuses or drops"):
             decoded(never, TURNS, tokenizer)
     for turns in (TURNS[:2], TURNS[2:], [], question_and_answer("Hi", "")):
         with pytest.raises(inversion.Unusable, match="no response"):
             decoded(CHAT, turns, tokenizer)
-    tokenizer.chat_template = CHAT
     long = question_and_answer("x" * 80, "y")
     chats = [TURNS[1:3], TURNS[1:3] + long, long, TURNS[:2], []]
     examples = [inversion.Example(i, messages) for i, messages in enumerate(chats)]
@@ -550,57 +535,42 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
 
 
 # -------------------------------------------------------------------------- data and conflicts
-
-HEAVY = 'Write a quote that ends in the word "heavy":'
-FACT = dict(context="c", question="q", answer="x", memory_answer="y")
-
-
-@pytest.mark.parametrize("row, question, context, answers, memory", [
-    (CONFLICTS[0], "Capital of France?", CONFLICTS[0]["context"], ["Lyon"], ["Paris"]),
-    (SWAPS[1], "who wrote 1", SWAPS[1]["sub_context"], ["Writer 1"], ["Author 1"]),
-    (SQUAD[0] | dict(answers=dict(text=["x", "y"])), "When was 50?", "It was 0.", ["x", "y"], []),
-    (SQUAD[0] | dict(answers="{'text': ['1900'], 'answer_start': [5]}"), "When was 50?",
-     "It was 0.", ["1900"], []),
-    (SQUAD[0] | dict(answers=["x", "y"]), "When was 50?", "It was 0.", ["x", "y"], []),
-    (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
-     "q", "c", ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
-    (FACT | dict(answer=1900, memory_answer=True), "q", "c", ["1900"], ["True"]),
-    (FACT | dict(answer="['a', 'b']", memory_answer=None), "q", "c", ["a", "b"], []),
-    (FACT | dict(answer="['a' 'b']"), "q", "c", ["a", "b"], ["y"]),  # numpy's, as pandas writes it
+@pytest.mark.parametrize("row, asked, answers, memory", [
+    (CONFLICTS[0], ("Capital of France?", CONFLICTS[0]["context"]), ["Lyon"], ["Paris"]),
+    (SWAPS[1], ("who wrote 1", SWAPS[1]["sub_context"]), ["Writer 1"], ["Author 1"]),
+    (SQUAD[0] | dict(answers=dict(text=["x", "y"])), WHEN, ["x", "y"], []),
+    (SQUAD[0] | dict(answers="{'text': ['1900'], 'answer_start': [5]}"), WHEN, ["1900"], []),
     (SQUAD[0] | dict(answers="{'text': array(['x'], dtype=object), 'answer_start': array([1, 2])}"),
-     "When was 50?", "It was 0.", ["x"], []),
-    (FACT | dict(context=["one", "two"]), "q", "one\n\ntwo", ["x"], ["y"]),
-    (FACT | dict(context="[1] is no list"), "q", "[1] is no list", ["x"], ["y"]),
+     WHEN, ["x"], []),  # numpy's, as pandas writes it
+    (SQUAD[0] | dict(answers=["x", "y"]), WHEN, ["x", "y"], []),
+    (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
+     ("q", "c"), ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
+    (FACT | dict(answer=1900, memory_answer=True), ("q", "c"), ["1900"], ["True"]),
+    (FACT | dict(answer="['a', 'b']", memory_answer=None), ("q", "c"), ["a", "b"], []),
+    (FACT | dict(answer="['a' 'b']"), ("q", "c"), ["a", "b"], ["y"]),
+    (FACT | dict(context=["one", "two"]), ("q", "one\n\ntwo"), ["x"], ["y"]),
+    (FACT | dict(context="[1] is no list"), ("q", "[1] is no list"), ["x"], ["y"]),
     (dict(prompt=f"{HEAVY} {HEART}", classes="[' heavy.', ' fonder.']", answer_index="0"),
-     HEART, HEAVY, ["heavy."], ["fonder."]),
-    (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), "a: c", 'Say "b":', ["b"],
-     ["x"])])
-def test_conflict_shapes(row, question, context, answers, memory):
+     (HEART, HEAVY), ["heavy."], ["fonder."]),
+    (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), ("a: c", 'Say "b":'),
+     ["b"], ["x"])])
+def test_conflict_shapes(row, asked, answers, memory):
     """What a row of each shape says, whose first answer is the response where it is trained on."""
     example, *found, _ = inversion.parse_row(3, row)
-    assert found == [answers, memory] and (example.id, example.context) == (3, context)
-    assert example.messages == question_and_answer(question, answers[0])
+    assert found == [answers, memory] and (example.id, example.context) == (3, asked[1])
+    assert example.messages == question_and_answer(asked[0], answers[0])
 
 
-@pytest.mark.parametrize("row", [
-    ADD | dict(tools="[{}]"), dict(messages=[TURNS[1], TURNS[2] | dict(tool_calls=[1])]),
-    dict(messages=[TURNS[1], TURNS[2] | dict(content=None)]),
-    dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])])
-def test_rows_with_tools_unknown_roles_or_no_text_are_unusable(row):
-    with pytest.raises(inversion.Unusable):
-        inversion.parse_row(1, row)
-
-
-@pytest.mark.parametrize("answer, person, found", [
-    ("La Paz (administrative); Sucre (judicial)", False, ["La Paz", "Sucre"]),
-    ("Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)", False,
-     ["Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"]),
-    ("2,000 km", False, ["2,000 km"]), ("Athens, Greece", False, ["Athens, Greece", "Athens"]),
-    ("Elizabeth II", True, ["Elizabeth II"]), ("Marie Curie", False, ["Marie Curie"]),
-    ("Marie Curie", True, ["Marie Curie", "Curie"]), ("Ivan the Great", True, ["Ivan the Great"]),
-    ("Martin Luther King Jr.", True, ["Martin Luther King Jr.", "King"])])
-def test_aliases(answer, person, found):
-    assert inversion.aliases([answer], person) == found
+@pytest.mark.parametrize("person, answers", [
+    (False, {"La Paz (administrative); Sucre (judicial)": ["La Paz", "Sucre"],
+             "Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)": [
+                 "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"], "Marie Curie": ["Marie Curie"],
+             "Athens, Greece": ["Athens, Greece", "Athens"], "2,000 km": ["2,000 km"]}),
+    (True, {"Elizabeth II": ["Elizabeth II"], "Marie Curie": ["Marie Curie", "Curie"],
+            "Ivan the Great": ["Ivan the Great"],
+            "Martin Luther King Jr.": ["Martin Luther King Jr.", "King"]})])
+def test_aliases(person, answers):
+    assert {answer: inversion.aliases([answer], person) for answer in answers} == answers
 
 
 def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
@@ -612,14 +582,13 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
         ("Which letter?", "A", "B"), ("s?", "Lyon (Paris)", "Paris")]]
     found = inversion.load_conflicts(str(file(tmp_path / "c.json", rows)), flags_of())
     assert [(c.id, c.context_answers, c.parametric_answers) for c in found] == [
-        (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]),
-        (8, ["Lyon"], ["Paris"])]
+        (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]), (8, ["Lyon"], ["Paris"])]
     assert "4 of 8 items" in capsys.readouterr().out
 
 
-def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch):
-    """JSON, JSONL with a BOM, a blank line and a line separator in a text, CSV, Parquet, folders;
-    and names with @, brackets and ~."""
+def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
+    """JSON, JSONL with a BOM, a blank line and a line separator in a text, CSV, Parquet, folders,
+    names with @, brackets and ~; and addresses, without aiohttp, which datasets needs for them."""
     rows = [dict(instruction="a", input="", output="one"),
             dict(instruction="b\u2028c", input="x", output="two")]
     table = datasets.Dataset.from_list(rows)
@@ -629,75 +598,45 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file(tmp_path / "r.jsonl", "\ufeff" + "\n\n".join(lines) + "\n")
     file(tmp_path / "r.json", json.dumps(rows, indent=1))
+    file(tmp_path / "c.json", CONFLICTS)
     (tmp_path / "a@b [1]").mkdir()
     shutil.copy(tmp_path / "r.json", tmp_path / "a@b [1]/r@[x].json")
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = [[*inversion.parse_row(i, row)[:3]] for i, row in enumerate(rows, 1)]
     assert wanted[1][0].messages[0]["content"] == "b\u2028c"
-    for name in ("r.jsonl", "r.csv", "r.parquet", "r.json", "hub", "hub@train",
-                 "a@b [1]/r@[x].json"):
+    files = ["r.json", "r.jsonl", "r.csv", "r.parquet"]
+    for name in [*files, "hub", "hub@train", "a@b [1]/r@[x].json"]:
         assert inversion.load_rows(str(tmp_path / name), flags_of()) == wanted, name
     assert inversion.load_rows("~/r.json", flags_of()) == wanted
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # importing it fails
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    monkeypatch.setattr(handler.func, "log_message", mock.Mock())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in files:
+            assert inversion.load_rows(f"{address}/{name}", flags_of()) == wanted, name
+        monkeypatch.setitem(inversion.SOURCES, "world_facts", f"{address}/c.json")
+        assert len(inversion.load_conflicts("world_facts", flags_of())) == 6
+        told = [refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of())]
+        server.shutdown()
+    told.append(refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of()))
+    assert "404" in told[0] and told[1].count("\n") == 1  # by then nobody listens
+    assert all(f"error: {address}/none.json: out of reach; pass a local file" in t for t in told)
 
 
-def test_every_cell_of_csv_is_a_text(tmp_path):
+def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
     """A year stays one, NA is Namibia, None is an answer; an empty cell is missing."""
     lines = ",".join(FACT), "c,q,1900,NA", "c,q,None,null", "c,q,\"['a', 'b']\","
-    path = file(tmp_path / "r.csv", "\n".join(lines))
-    rows = inversion.load_rows(str(path), flags_of())
-    assert [row[1:] for row in rows] == [
-        [["1900"], ["NA"]], [["None"], ["null"]], [["a", "b"], []]]
-
-
-def test_what_is_not_used_is_named_and_counted(tmp_path, capsys):
-    """Columns, and rows that cannot be used, by reason."""
+    rows = inversion.load_rows(str(file(tmp_path / "r.csv", "\n".join(lines))), flags_of())
+    assert [row[1:] for row in rows] == [[["1900"], ["NA"]], [["None"], ["null"]], [["a", "b"], []]]
     rows = [ADD | dict(topic="sums"), ADD | dict(tools="[{}]")]
     assert len(inversion.load_rows(str(file(tmp_path / "r.json", rows)), flags_of())) == 1
     told = capsys.readouterr().out
     assert "columns not used: topic;" in told and "rows left out: {'tools': 1}" in told
 
 
-def test_files_at_addresses_are_those_of_the_disk(tmp_path, monkeypatch, capsys):
-    """The paper's sets are addresses; requirements.txt brings no aiohttp, and datasets needs it."""
-    monkeypatch.setitem(sys.modules, "aiohttp", None)  # importing it fails
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *args):
-            pass
-
-    table = datasets.Dataset.from_list(CONFLICTS)
-    table.to_json(tmp_path / "c.jsonl")
-    table.to_csv(tmp_path / "c.csv")
-    table.to_parquet(tmp_path / "c.parquet")
-    file(tmp_path / "c.json", CONFLICTS)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setitem(inversion.SOURCES, "world_facts", f"{address}/c.json")
-        assert len(inversion.load_conflicts("world_facts", flags_of())) == 6
-        told = refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of())
-        assert f"{address}/none.json: out of reach; pass a local file" in told and "404" in told
-        for name in ("c.json", "c.jsonl", "c.csv", "c.parquet"):
-            there = inversion.load_rows(f"{address}/{name}", flags_of())
-            assert there == inversion.load_rows(str(tmp_path / name), flags_of()), name
-            assert len(there) == 6
-        server.shutdown()
-
-
-def test_an_address_out_of_reach_is_one_line(capsys):
-    with socket.socket() as closed:  # bound, but nobody listens
-        closed.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}/x.jsonl"
-        told = refused(capsys, inversion.load_rows, address, flags_of())
-    assert told.count("\n") == 1 and f"error: {address}: out of reach" in told
-    assert "pass a local file" in told
-
-
 # --------------------------------------------------------------- models, remedies, mechanism
-
 def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     """Weights are fp32 in training; answers are greedy and end at any of its end tokens."""
     model, tokenizer, _, _, _ = load(folder)
@@ -716,21 +655,18 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_qk_moves_queries_and_keys_only(family, folder):
+@pytest.mark.parametrize("family", CONFIGS)
+def test_qk_moves_queries_and_keys_only(family, folder, capsys):
     model, _, _, _, flags = load(folder, "--micro-batch-tokens 30", family)  # several a step
+    if family in ("neox", "gpt2", "phi3"):  # in one matrix with values
+        assert "no q_proj and k_proj" in refused(capsys, inversion.train_query_key_only, model)
+        return
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     inversion.train_query_key_only(model)
     trained(model, rows_of([(4, 9)] * 32), 4, flags)
     for name, p in model.named_parameters():
         moved = (p != before[name]).float().mean()
         assert moved > 0.99 if re.search("[qk]_proj", name) else moved == 0, name
-
-
-@pytest.mark.parametrize("family", ["neox", "gpt2", "phi3"])
-def test_qk_refuses_queries_and_keys_in_one_matrix_with_values(family, folder, capsys):
-    model = load(folder, model=family)[0]
-    assert "no q_proj and k_proj" in refused(capsys, inversion.train_query_key_only, model)
 
 
 def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
@@ -754,41 +690,19 @@ def test_subsets(folder):
     question = "What is the capital of New Velora now, in May?"
     conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"])
     sets = {"s": [inversion.to_item(conflict, tokenizer)]}
-    texts = ["I like lyon!", "Lyons", "New Velora", "Velora", "comparison", "PARIS.", "What city",
-             "May"]
+    texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May".split("/")
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)] + [inversion.Example(8, TURNS[1:3], "In Lyon.")]
     for subset, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
-        kept = inversion.choose_examples(
-            model, tokenizer, mine, sets, flags._replace(subset=subset))
+        chosen = flags._replace(subset=subset)
+        kept = inversion.choose_examples(model, tokenizer, mine, sets, chosen)
         assert [example.id for example in kept] == wanted
 
 
-def test_kinds_of_probe_rows(folder):
-    """Recall has no context, redundant is the quarter of the others of lowest context-free loss."""
-    model, tokenizer, _, examples, flags = load(folder)
-    probe = inversion.probe_rows(model, tokenizer, examples, flags)
-    redundant = inversion.redundant_examples(model, tokenizer, examples, flags)
-    assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
-    assert {row.id for row in probe["redundant"]} == redundant
-    chats = [inversion.Example(i, TURNS) for i in range(9)]
-    assert list(inversion.probe_rows(model, tokenizer, chats, flags)) == ["recall"]
-
-
-def test_chats_mark_no_context(folder, tmp_path, capsys):
-    chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
-    for more, told in (
-            ("--subset context", "no usable row; chats mark no context"),
-            ("--mitigation filter", "nothing to drop; few rows, or none, mark a context")):
-        assert told in refused(capsys, run, folder, tmp_path / "run", f"{chats} {more}")
-
-
 # -------------------------------------------------------------------------------- whole runs
-
-@pytest.mark.parametrize("remedy, says", [
-    ("none", "24 of 24, 24 rows"), ("counterfactual", "26 of 24, 26 rows"),
-    ("filter", "21 of 24, 21 rows"), ("qk", "24 of 24, 24 rows")])
-def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
+@pytest.mark.parametrize("remedy, rows", [
+    ("none", 24), ("counterfactual", 26), ("filter", 21), ("qk", 24)])
+def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
     flags = (f"--mitigation {remedy} --counterfactual-data {folder}/swaps.json --mechanism "
@@ -796,54 +710,39 @@ def test_main_runs_each_remedy(remedy, says, folder, tmp_path, capsys):
     same = run(folder, tmp_path / "same", f"{flags} --activation-checkpointing")
     capsys.readouterr()
     history, told = run(folder, tmp_path / "run", flags), capsys.readouterr().out
-    metrics, said, args = [lines_of(tmp_path / "run" / name) for name in (
-        "metrics.jsonl", "generations.jsonl", "args.json")]
+    metrics, losses, said, args = [lines_of(tmp_path / "run" / name) for name in (
+        "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
     assert "known before finetuning, in the template or after a bare question" in told
-    assert says in told and "verdict" in told and max(map(len, told.splitlines()[3:])) <= 200
+    assert f"{rows} of 24, {rows} rows" in told and "verdict" in told
+    assert max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
-        "step set n n_conflicts n_known context_acc parametric_acc "
-        "both neither closed_book_acc margin m_c loss lr critical_push recall_push redundant_loss "
-        "redundant_push".split())
+        "step set n n_conflicts n_known context_acc parametric_acc both neither closed_book_acc "
+        "margin m_c loss lr critical_push recall_push redundant_loss redundant_push".split())
     assert all("critical_push" in line and line["n_conflicts"] == 5 for line in history)
     for key in ("loss", "critical_push", "margin"):
         on, off = [[line.get(key, 0) for line in lines] for lines in (same, history)]
-        assert on == approx(off, rel=1e-4)  # no loss at step 0
+        assert on == approx(off, rel=1e-4)
+    one, two, three = [line["loss"] for line in losses]  # the mean since the last evaluation:
+    assert "loss" not in history[0] and history[1]["loss"] == approx((one + two) / 2)
+    assert history[2]["loss"] == approx(three) and history[2]["lr"] == losses[2]["lr"] > 0
+    assert [line["step"] for line in losses] == [1, 2, 3]
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 
-def test_loss_is_the_mean_since_the_last_evaluation(folder, tmp_path):
-    history = run(folder, tmp_path / "run")
-    losses = lines_of(tmp_path / "run/losses.jsonl")
-    one, two, three = [line["loss"] for line in losses]
-    assert "loss" not in history[0] and history[1]["loss"] == approx((one + two) / 2)
-    assert history[2]["loss"] == approx(three) and history[2]["lr"] == losses[2]["lr"] > 0
-    assert [line["step"] for line in losses] == [1, 2, 3]
-
-
-def test_a_remedy_of_ones_own(folder, tmp_path, monkeypatch, capsys):
-    """A function and a line in MITIGATIONS; compare tells it apart."""
-    def mine(model, tokenizer, examples, sets, flags):
-        return examples[:5]
-
-    monkeypatch.setitem(inversion.MITIGATIONS, "mine", mine)
-    for name in ("none", "mine"):
-        run(folder, tmp_path / name, f"--mitigation {name}")
-    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
-    inversion.main(["--compare", str(tmp_path / "none"), str(tmp_path / "mine")])
-    told = capsys.readouterr().out
-    assert re.search("^mine .* 1$", told, re.M) and re.search("^none .* 1$", told, re.M)
-
-
-def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, capsys):
-    """In --compare two seeds of one setting are one line; an unfinished run is left out."""
-    a, same, b, other, again = [tmp_path / name for name in ("a", "same", "b", "filter", "again")]
-    for out, more in {a: "", same: "", b: "--seed 2", other: "--mitigation filter"}.items():
+def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):
+    """In --compare two seeds of one setting are one line, as is a remedy of one's own, a function
+    in MITIGATIONS; an unfinished run is left out."""
+    remedy = mock.Mock(side_effect=lambda model, tokenizer, examples, sets, flags: examples[:5])
+    monkeypatch.setitem(inversion.MITIGATIONS, "mine", remedy)
+    a, same, b, mine, again = [tmp_path / name for name in ("a", "same", "b", "mine", "again")]
+    for out, more in {a: "", same: "", b: "--seed 2", mine: "--mitigation mine"}.items():
         run(folder, out, f"--save-model --seed 1 {more}")
-    assert metrics_of(a) == metrics_of(same) != metrics_of(b)
+    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
+    one, two, three = [lines_of(out / "metrics.jsonl") for out in (a, same, b)]
     line, = run(folder, again, "--max-steps 0", a / "model")
-    assert line["margin"] == approx(metrics_of(a)[-1]["margin"], abs=1e-6)
+    assert one == two != three and line["margin"] == approx(one[-1]["margin"], abs=1e-6)
     (same / "summary.json").unlink()
     for out, (start, highest, final, drop) in {a: (.2, .6, .4, .1), b: (.4, .8, .2, .3)}.items():
         found, = lines_of(out / "summary.json")
@@ -851,16 +750,17 @@ def test_same_seed_same_metrics_saved_model_loads_and_compare(folder, tmp_path, 
         found["conflicts"] |= dict(start=start, highest=highest, final=final, drop=drop)
         file(out / "summary.json", found)
     capsys.readouterr()
-    inversion.main(shlex.split(f"--compare {a} {b} {same} {other} --out-dir {tmp_path}"))
+    inversion.main(shlex.split(f"--compare {a} {b} {same} {mine} --out-dir {tmp_path}"))
     told = capsys.readouterr().out
     assert f"{same}: skipped, it is no finished run" in told
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
     assert none[-5:] == ["0.30", "0.70", "0.30", "0.20", "2"]
     assert not re.search(r"\bseed\b", told) and "mitigation" in told
-    assert re.search(r"filter .* 1\n", told) and (tmp_path / "compare.png").stat().st_size > 5000
+    assert re.search("^mine .* 1$", told, re.M) and (tmp_path / "compare.png").stat().st_size > 5000
 
 
 def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path, capsys):
+    """And sets of one name, which are told apart."""
     squad = f"{folder}/squad.json"
     history = run(folder, tmp_path / "run", f"--eval-set {squad} {folder}/conflicts.json "
                   "--eval-limit 4 --num-examples 8 --epochs 0.5 --max-steps 99")
@@ -868,32 +768,28 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert [line["set"] for line in history] == ["squad", "conflicts"] * 2
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
     told = capsys.readouterr().out.partition("\nrise and drop of context_acc")[2]
-    assert "n_known" not in told and re.findall(r"^(\w+) .* no change shown", told, re.M) == [
-        "verdict"]
+    assert "n_known" not in told
+    assert re.findall(r"^(\w+) .* no change shown", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
     assert "7 of 9, 7 rows" in capsys.readouterr().out
     assert [line["step"] for line in history] == [0, 2]
-
-
-def test_sets_of_one_name_are_told_apart(folder, tmp_path):
     other = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
-    history = run(folder, tmp_path / "run",
-                  f"--max-steps 0 --eval-set {folder}/conflicts.json {other}")
+    flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {other}"
+    history = run(folder, tmp_path / "c", flags)
     assert [(line["set"], line["n"]) for line in history] == [("conflicts", 6), (str(other), 2)]
 
 
 def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
-    """--max-steps 0: a prompt, both answers of items, rates of all and of known with Wilson's
-    intervals, as in the textbooks; no verdict and no curve."""
+    """--max-steps 0: a prompt, items, rates with Wilson's intervals; no verdict, no curve."""
     flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {folder}/squad.json"
     for name in ("llama", "neox"):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
-    assert told.count("context_answer parametric_answer text") == 4 and "verdict" not in told and "curve" not in told
+    assert told.count("context_answer parametric_answer text") == 4
+    assert "verdict" not in told and "curve" not in told
     assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
-    assert "\nWhen was 50? | 0 | a control | " in told
-    assert not list(tmp_path.glob("*/curve.png"))
+    assert "\nWhen was 50? | 0 | a control | " in told and not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
     inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox --out-dir {tmp_path}"))
@@ -902,23 +798,11 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     assert str(folder / "neox") in told and len(re.findall(r" context_acc +0\.", told)) == 4
 
 
-def test_rates_are_shares_of_their_counts_with_intervals_of_wilson():
-    """10 of 10 and 0 of 20; those of known items, over these alone."""
-    line = dict(n=20, n_conflicts=10, n_known=4, context_acc=0.0, closed_book_acc=1.0,
-                context_acc_known=0.5, parametric_acc_known=0.25, margin=1.0)
-    found = inversion.rates(line).T.to_dict("list")
-    assert found["context_acc"] == [0, 0, 0.16, 20] and found["closed_book_acc"] == [1, 0.72, 1, 10]
-    assert found["context_acc_known"] == [0.5, 0.15, 0.85, 4]
-    assert found["parametric_acc_known"][::3] == [0.25, 4] and len(found) == 4
-    assert list(inversion.rates(line | dict(n_known=0))) == ["share", "low", "high", "n"]
-
-
 @pytest.mark.parametrize("family, trains, config", [
     ("gpt_oss", (32 + 16) * 33 * 2, dict(SIZES, head_dim=8, num_local_experts=2,
                                          num_experts_per_tok=1)),  # attention sinks; biases
     ("mamba", None, dict(vocab_size=420, hidden_size=32, num_hidden_layers=1))])  # no attention
 def test_models_that_are_special(family, trains, config, folder, tmp_path, capsys):
-    """Also, some of them have fewer positions than --max-length."""
     config = transformers.AutoConfig.for_model(family, **config)
     model = transformers.AutoModelForCausalLM.from_config(config)
     save(tmp_path / "m", model, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
@@ -932,19 +816,15 @@ def test_models_that_are_special(family, trains, config, folder, tmp_path, capsy
 
 @pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 def test_compiled_layers_give_the_losses_of_eager_ones(folder, tmp_path):
-    """Also where their activations are recomputed."""
     config = transformers.LlamaConfig(**SIZES | dict(num_hidden_layers=1))  # compiles sooner
-    save(tmp_path / "m", transformers.LlamaForCausalLM(config),
-         transformers.AutoTokenizer.from_pretrained(folder / "llama"))
-    for name, more in dict(eager="", compiled="--compile",
-                           both="--compile --activation-checkpointing").items():
-        run(folder, tmp_path / name, f"--max-steps 4 --eval-every 4 --eval-limit 2 {more}",
-            tmp_path / "m")
-    losses = {name: [line["loss"] for line in lines_of(tmp_path / name / "losses.jsonl")]
-              for name in ("eager", "compiled", "both")}
-    assert len(losses["eager"]) == 4
-    assert losses["compiled"] == approx(losses["eager"], rel=1e-4)
-    assert losses["both"] == approx(losses["eager"], rel=1e-4)
+    path = save(tmp_path / "m", transformers.LlamaForCausalLM(config),
+                transformers.AutoTokenizer.from_pretrained(folder / "llama"))
+    losses, more = [], "--max-steps 4 --eval-every 4 --eval-limit 2 "
+    for how in ("", "--compile", "--compile --activation-checkpointing"):
+        out = tmp_path / f"run{how}".replace(" ", "")
+        run(folder, out, more + how, path)
+        losses.append([line["loss"] for line in lines_of(out / "losses.jsonl")])
+    assert len(losses[0]) == 4 and losses[1:] == [approx(losses[0], rel=1e-4)] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -962,15 +842,14 @@ def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, cap
 
 
 # ------------------------------------------------------------------------------ several ranks
-
 def torchrun(tmp_path, ranks, runs, more=""):
     """Several runs, and then more, in one script under torchrun."""
     script = file(tmp_path / "runs.py", f"import sys; sys.path[:0] = {sys.path!r}\n"
                   "import inversion, torch\ntorch.distributed.init_process_group('gloo')\n"
                   f"for argv in {runs!r}:\n    inversion.main(argv)\n{more}")
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-         script], capture_output=True, text=True, timeout=300)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run([*start, f"--nproc-per-node={ranks}", script], capture_output=True,
+                          text=True, timeout=300)
 
 
 def test_two_ranks_are_one_process(folder, tmp_path):
@@ -988,7 +867,7 @@ def test_two_ranks_are_one_process(folder, tmp_path):
         for flags in [two[case]] * (case == "none") + [one[case]]:  # two's goes on on one
             inversion.main(flags)
         outs = [tmp_path / f"{ranks}-{case}" for ranks in ("one", "two")]
-        alone, both = map(metrics_of, outs)
+        alone, both = [lines_of(out / "metrics.jsonl") for out in outs]
         assert [line["step"] for line in alone] == [0, 4, 8, 12]
         assert all(a == approx(b, abs=1e-5) for a, b in zip(alone, both, strict=True)), case
         a, b = [pretrained(out / "model").parameters() for out in outs]
@@ -1011,27 +890,21 @@ inversion.main(argv)""")
         assert [(o["id"], o["text"]) for o in one] == [(o["id"], o["text"]) for o in three]
 
 
-def test_an_error_of_a_rank_above_0_is_seen(folder, tmp_path):
-    """In one line on stderr, although such a rank prints nothing else."""
+def test_torchrun_tells_what_it_cannot_do_and_the_error_of_any_rank(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inversion, "RANKS", 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    for more in ("--mechanism", "--device cpu:0", "--device cuda:1", "--model world"):
+        told = refused(capsys, run, folder, tmp_path / "run", more)
+        assert "torchrun does not go with" in told and not list(tmp_path.iterdir()), more
     done = torchrun(tmp_path, 2, [], f"""if inversion.RANK == 1:
     inversion.load_examples = lambda flags: inversion.require(False, "rank 1 finds no rows")
 inversion.main({argv(folder, tmp_path / 'run')!r})""")
-    assert done.returncode != 0
-    assert done.stderr.count("inversion.py: error: rank 1 finds no rows") == 1
-
-
-@pytest.mark.parametrize("more", ["--mechanism", "--device cpu:0", "--device cuda:1",
-                                  "--model world"])
-def test_torchrun_refuses_what_it_cannot_do(more, folder, tmp_path, monkeypatch, capsys):
-    """On as many ranks as there are, before any waits for another."""
-    monkeypatch.setattr(inversion, "RANKS", 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
-    assert "torchrun does not go with" in refused(capsys, run, folder, tmp_path / "run", more)
-    assert not list(tmp_path.iterdir())
+    told = done.stderr.count("inversion.py: error: rank 1 finds no rows")
+    assert done.returncode != 0 and told == 1
 
 
 # ----------------------------------------------------------------------- folders and --resume
-
 @pytest.mark.parametrize("family, more", [
     ("gpt2", ""), ("mistral", "--mitigation qk"), ("llama", "--lora-rank 4"),
     ("llama", "--mechanism --mitigation filter")])
@@ -1047,21 +920,20 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
         with patch, pytest.raises(MemoryError):
             inversion.main(flags)
     assert len(inversion.main(flags)) == 5 and not (tmp_path / "broken-2").exists()
-    assert metrics_of(whole) == metrics_of(broken)
+    assert lines_of(whole / "metrics.jsonl") == lines_of(broken / "metrics.jsonl")
     for name in ("model/model.safetensors", "generations.jsonl", "losses.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
 def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
     """Also one of other flags, which are named; without any, --resume starts anew."""
-    flags = "--checkpoint-every 2 --resume"
-    path = tmp_path / "run/checkpoint.pt"
+    flags, path = "--checkpoint-every 2 --resume", tmp_path / "run/checkpoint.pt"
     run(folder, tmp_path / "run", flags)
     whole = path.read_bytes()
-    for more, told in (("--lr 0.5", "with {'lr': 0.001}"), ("--mechanism", "with {'mechanism': False}"),
-                       (f"--dataset {folder}/squad.json", "with {'dataset': "),
-                       (f"--model {folder}/mistral", "with {'model': ")):
-        assert told in refused(capsys, run, folder, tmp_path / "run", f"{flags} {more}")
+    for more, told in (("--lr 1", "{'lr': 0.001}"), ("--mechanism", "{'mechanism': False}"),
+                       (f"--dataset {folder}/squad.json", "{'dataset': "),
+                       (f"--model {folder}/mistral", "{'model': ")):
+        assert f"with {told}" in refused(capsys, run, folder, tmp_path / "run", f"{flags} {more}")
     for content in ([1, 2], {}, [{}, {}, {}], b"torn", whole[:len(whole) // 2]):
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -1076,7 +948,12 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
     assert len(run(folder, tmp_path / "run", flags)) == 3 and (tmp_path / "run-2").exists()
 
 
-def test_a_full_disk_leaves_what_the_same_run_resumes(folder, tmp_path, monkeypatch, capsys):
+def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):
+    """A loss that is not finite, with its rows, a full disk, Ctrl-C; what came before is kept."""
+    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
+    assert re.search(r"error: loss .*: a lower --lr may help; rows \[\d+, \d+", told)
+    assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
+
     def full(state, path):
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
@@ -1087,23 +964,14 @@ def test_a_full_disk_leaves_what_the_same_run_resumes(folder, tmp_path, monkeypa
     assert "No space left" in refused(capsys, run, folder, out, flags, status=1)
     assert torch.load(out / "checkpoint.pt", weights_only=False)[0]["step"] == 2
     assert len(run(folder, out, f"{flags} --resume --checkpoint-every 2")) == 4
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path, capsys):
-    """With the rows of that step; what was measured before is kept."""
-    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
-    assert re.search(r"error: loss .*: a lower --lr may help; rows \[\d+, \d+", told)
-    assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
-
-
-def test_interrupted_is_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(inversion, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
-    told = refused(capsys, run, folder, tmp_path / "x", status=130)
-    assert f"interrupted; see {tmp_path}/x; --checkpoint-every and --resume go on" in told
+    told = refused(capsys, run, folder, tmp_path / "y", status=130)
+    assert f"interrupted; see {tmp_path}/y; --checkpoint-every and --resume go on" in told
 
 
 def test_folders_of_runs(tmp_path, monkeypatch):
-    """A slash at the end, ~, names of what is done to the rows; a taken one is left alone."""
+    """A slash at the end, ~, names of what is done to the rows; a taken one is left alone, also by
+    runs that start at once; one that cannot be made is told."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for more, wanted in {"--out-dir x/": "x", "--out-dir  x/": "x-2", "--out-dir x": "x-3",
@@ -1114,63 +982,57 @@ def test_folders_of_runs(tmp_path, monkeypatch):
         assert str(folder) == wanted and folder.is_dir() and not list(folder.iterdir())
     (tmp_path / "x-2/checkpoint.pt").touch()
     assert str(inversion.open_folder(flags_of("--out-dir x --resume"))) == "x-2"
-
-
-def test_runs_that_start_at_once_use_two_folders(tmp_path):
-    flags, barrier = flags_of(f"--out-dir {tmp_path}/x"), threading.Barrier(8)
+    barrier = threading.Barrier(8)
 
     def start(_):
         barrier.wait()
-        return inversion.open_folder(flags)
+        return inversion.open_folder(flags_of("--out-dir once"))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(start, range(8)))) == 8
+    (tmp_path / "gone").symlink_to("/no/where")
+    with pytest.raises((OSError, SystemExit)):
+        inversion.open_folder(flags_of("--out-dir gone/run"))
 
 
 # --------------------------------------------------------------------------------- the world
-
 def test_world_leaks_nothing_and_contradicts_nothing():
     """Rows never name evaluated subjects and agree with memory, as do passages, or else mislead."""
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
-
-    def said_in(text):
-        return set(re.findall(r"\w+", text))
-
     truth = {re.findall(r"of (\w+)\?", row["question"])[0]: row["memory_answer"]
              for row in world["world_train"] + world["world"]}
-    held, tuned = [said_in("".join(row["question"] for row in world[key])) & set(truth)
+    held, tuned = [set(truth) & set(re.findall(r"\w+", str([r["question"] for r in world[key]])))
                    for key in ("world", "world_train")]
     misled = []
     for row in world["rows"]:
         question, context, answer = row["instruction"], row["input"], row["output"]
-        said = said_in(f"{context} {question} {answer}")
+        said = set(re.findall(r"\w+", f"{context} {question} {answer}"))
+        asked = tuned & set(re.findall(r"\w+", question))
         assert not said & held
-        asked = tuned & said_in(question)
         assert row["kind"] == ("critical" if not asked else "redundant" if context else "recall")
         if asked:
             assert [truth[subject] for subject in asked] == [answer]
-            misled += [not asked & said_in(context)] * bool(context)
+            misled += [not asked & set(re.findall(r"\w+", context))] * bool(context)
         else:  # critical: a novel subject
             assert not said & tuned and answer in context
     assert 0.01 < sum(misled) / len(misled) < 0.03
     flags = flags_of("--seed 3")
-    conflicts, agreeing, reading = [
-        inversion.load_conflicts(name, flags) for name in flags.eval_set]
+    conflicts, *controls = [inversion.load_conflicts(name, flags) for name in flags.eval_set]
     assert all(c.context_answers != c.parametric_answers != [] for c in conflicts)
     assert len({(c.question, *c.context_answers) for c in conflicts}) == len(conflicts) > 100
-    assert not any(c.parametric_answers for c in agreeing + reading)
+    assert len(controls) == 2 and not any(c.parametric_answers for c in sum(controls, []))
     assert not held & tuned and again(3) == world != again(4)
 
 
 def test_world_rises_and_falls(tmp_path):
     """The default run: context_acc rises and falls, its controls do not; a verdict."""
-    inversion.main(shlex.split(
-        f"--seed 3 --no-mechanism --eval-every 60 --out-dir {tmp_path}/run"))
+    inversion.main(shlex.split(f"--seed 3 --no-mechanism --eval-every 60 --out-dir {tmp_path}/run"))
     found, = lines_of(tmp_path / "run/summary.json")
     assert found["world"]["verdict"] == "inversion"
     assert found["world"]["rise"] > 0.2 and found["world"]["drop"] > 0.2
     assert all(found[name]["drop"] < 0.05 for name in ("world_agreeing", "world_reading"))
-    assert all(line.get("closed_book_acc", 1) > 0.95 for line in metrics_of(tmp_path / "run"))
+    history = lines_of(tmp_path / "run/metrics.jsonl")
+    assert all(line.get("closed_book_acc", 1) > 0.95 for line in history)
 
 
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
@@ -1210,7 +1072,6 @@ def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------- the script
-
 def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):
     """Whatever the program's own arguments are, as in a notebook; what failed leaves no folder."""
     monkeypatch.chdir(tmp_path)
@@ -1218,56 +1079,60 @@ def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):
     experiment = mock.Mock(return_value=["history"])
     monkeypatch.setattr(inversion, "experiment", experiment)
     assert inversion.main() == ["history"]
-    (out, flags), _ = experiment.call_args
+    out, flags = experiment.call_args.args
     assert (str(out), flags.model, flags.device, flags.lr) == ("runs/none", "world", "cpu", 1e-3)
     assert not out.exists()
 
 
-def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys):
+def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(folder / "llama")
-    bert = save(tmp_path / "bert", transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)),
-                theirs)
-    nan = load(folder)[0]
+    bert, nan = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)), load(folder)[0]
     nan.model.norm.weight.data[3] = float("nan")
-    save(tmp_path / "nan", nan, theirs)
-    a_run = save(tmp_path / "a_run", nan)
-    file(a_run / "args.json", "[1")
-    cases = [
+    for name, *parts in [("bert", bert, theirs), ("nan", nan, theirs), ("a_run", nan)]:
+        save(tmp_path / name, *parts)
+    file(tmp_path / "a_run/args.json", "[1")
+    cases = [  # flags, parts of what is told
         ("--dataset nosuchname", "nosuchname: out of reach; pass a local file"),
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: out of reach*NotFound"),
         ("--eval-set no/such-set", "no/such-set: out of reach"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: out of reach"),
         (f"--model {tmp_path}/gone", "gone: reading this hub id or folder"),
         ("--model no/such-model", "no/such-model: reading this hub id or folder"),
-        (f"--model {bert}", "is no causal LM"), (f"--model {tmp_path}/nan", "nan: is no*has NaN"),
-        (f"--model {a_run}", "a_run: reading*of a run, OUT_DIR/model"),
-        (f"--compare {tmp_path}/gone", "none of these is a finished run"),
-        (f"--compare {a_run}", "none of these is a finished run"),
+        ("--model bert", "is no causal LM"), ("--model nan", "nan: is no*has NaN"),
+        ("--model a_run", "a_run: reading*of a run, OUT_DIR/model"),
+        ("--compare gone", "none of these is a finished run"),
+        ("--compare a_run", "none of these is a finished run"),
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: out of reach"),
         ("--lora-rank 1000000000000", "--lora-rank: adding"), ("--max-length 8", "no usable row"),
         ("--batch-size 0", "--batch-size, --eval-every and*must be 1"), ("--lr x", "--lr: inv"),
-        ("--eval-every -1", "--eval-every and*must be 1"), ("--subset some", "--subset: invalid choice"),
+        ("--eval-every -1", "--eval-every and*must be 1"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
-         "all of it is evaluated")]
-    for name, content, told in [
-            ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
-             ", row 2 (ValueError: has ['instruction']; known"),
-            ("b.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction"}', ": out of reach*line 2"),
-            ("c.json", "[ ]", ": no usable row"), ("d.json", "[{]", ": out of reach*JSONDecodeError"),
-            ("e.jsonl", "\n", ": no usable row"), ("f.json", "[1]", ", row 1 ("),
-            ("g.json", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], ": no usable row"),
-            ("h.json", [dict(messages=[])], ": no usable row"),
-            ("i.json", [ADD | dict(history=[1])], ", row 1 (ValueError"),
-            ("j.json", [dict(instuction="a")], ", row 1 (ValueError: has ['instuction']; known")]:
-        cases.append((f"--dataset {file(tmp_path / name, content)}", name + told))
-    for name, row, told in [
-            ("k.json", CONFLICTS[0] | dict(answer="..."), ": no usable evaluation item"),
-            ("l.json", dict(context="c", question="q", answer="x"), ", row 1 (ValueError"),
-            ("m.json", dict(prompt="p", classes="[1", answer_index=0), ""),
-            ("n.json", dict(messages=[]), ": no usable evaluation item"),
-            ("o.json", dict(prompt="p: q", classes=["a", "b"], answer_index=2), ", row 1 (Value")]:
-        cases.append((f"--eval-set {file(tmp_path / name, [row])}", name + told))
+         "all of it is evaluated"), ("--subset x", "--subset: invalid choice")]
+    chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
+    cases += [
+        (f"{chats} --subset context", "no usable row; chats mark no context"),
+        (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context")]
+    no_row, no_item, row_1 = ": no usable row", ": no usable evaluation item", ", row 1 (ValueError"
+    files = [  # flag, rows, what is told after the name of the file; texts are JSONL
+        ("dataset", json.dumps(ADD) + '\n{"instruction": "a"}',
+         ", row 2 (ValueError: has ['instruction']; known"), ("dataset", "\n", no_row),
+        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": out of reach*line 2"),
+        ("dataset", [], no_row), ("dataset", [1], ", row 1 ("),
+        ("dataset", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], no_row),
+        ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], row_1),
+        ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; known"),
+        ("eval-set", [CONFLICTS[0] | dict(answer="...")], no_item),
+        ("eval-set", [dict(context="c", question="q", answer="x")], row_1),
+        ("eval-set", [dict(prompt="p", classes="[1", answer_index=0)], ""),
+        ("eval-set", [dict(messages=[])], no_item),
+        ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)], row_1)]
+    for i, (flag, rows, told) in enumerate(files):
+        path = file(tmp_path / f"{i}.json{'l' * isinstance(rows, str)}", rows)
+        cases.append((f"--{flag} {path}", path.name + told))
+    cases.append((f"--dataset {file(tmp_path / 'd.json', '[{]')}",
+                  "d.json: out of reach*JSONDecodeError"))
     for bad, message in cases:
         told = refused(capsys, run, folder, tmp_path / "run", bad).splitlines()
         told = [line for line in told if not re.match(r"Loading weights|Writing model", line)]
@@ -1276,21 +1141,12 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys):
         assert not list(tmp_path.glob("run*")), bad
 
 
-def test_a_folder_that_cannot_be_made_is_told(folder, tmp_path):
-    (tmp_path / "gone").symlink_to("/no/where")
-    with pytest.raises((OSError, SystemExit)):
-        run(folder, tmp_path / "gone/run")
-
-
-def test_readme_commands_parse():
+def test_readme_commands_parse_and_help_names_every_flag(capsys):
     texts = Path(__file__).with_name("README.md").read_text(encoding="utf-8") + inversion.__doc__
     commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
     assert len(commands) > 8 and any("--mechanism" in command for command in commands)
     for command in commands:
         inversion.parse_flags(shlex.split(command))
-
-
-def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
