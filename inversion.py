@@ -293,13 +293,13 @@ def target_logp(model, rows, flags, what="margins"):
 def add_gradient(model, rows, weights, flags):
     """Add the gradient of the sum of weight x log-probability of a row's targets to .grad, micro-
     batch by micro-batch; returns the sum, of this GPU's share."""
-    total, weights = 0.0, torch.tensor(weights, device=model.device)
+    total, weights = 0, torch.tensor(weights, device=model.device)
     for indices, counts in micro_batches(rows, flags.micro_batch_tokens):
         value = (row_logp(model, [rows[i] for i in indices], flags) * weights[indices]).sum()
         if not counts:
             value = 0 * value
         (value * RANKS).backward()  # several GPUs average their gradients: this makes it a sum
-        total += value.item()
+        total += value.detach()
     return total
 
 def train_step(model, optimizer, batch, flags):
@@ -308,15 +308,15 @@ def train_step(model, optimizer, batch, flags):
     model.train()
     weight = -1 / sum(row.targets for row in batch)
     loss = add_gradient(model, batch, [weight] * len(batch), flags)
-    loss = torch.tensor(loss, device=flags.device)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     if RANKS > 1:
         norm = norm.full_tensor()
         dist.all_reduce(loss)
     optimizer.step()
     optimizer.zero_grad()
-    require(math.isfinite(loss + norm), f"loss {loss}, gradient {norm}: a lower --lr may help; "
-            f"rows {[row.id for row in batch]}", status=1)
+    if not math.isfinite(loss + norm):
+        require(False, f"loss {loss}, gradient {norm}: a lower --lr may help; rows "
+                f"{[row.id for row in batch]}", status=1)
     return loss.item()
 
 def learning_rate(step, total, flags):
@@ -477,7 +477,7 @@ def mechanism(model, items, probe, flags):
         weight = 1 / sum(row.targets for row in rows_of_kind)
         logp, uphill = gradient(rows_of_kind, [weight] * len(rows_of_kind))
         found[f"{kind}_push"] = 2 / len(rows) * (margin_uphill @ uphill).item()
-        found[f"{kind}_loss"] = -logp
+        found[f"{kind}_loss"] = -logp.item()
     return found
 
 # ================================================================= 5. how sure (not in the paper)
@@ -753,6 +753,7 @@ MARK = "@@the-answer@@"
 def set_template(tokenizer, flags):
     """Give the tokenizer the chat_template of --template, which a saved model carries on."""
     user, _ = question_and_answer("Hi", "Hello")
+    require(tokenizer.eos_token, "--model: its tokenizer has no EOS token, to end answers with")
     with or_exit("--template auto does not work with this tokenizer; try --template tulu"):
         if flags.template != "auto" or not tokenizer.chat_template:
             tokenizer.chat_template = TULU
