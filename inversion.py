@@ -21,7 +21,7 @@ import random, re, shutil, sys, unicodedata, urllib.request, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas, tokenizers, torch, transformers
+import pandas, regex, tokenizers, torch, transformers
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
@@ -70,19 +70,17 @@ class Item:
 
 # ================================================================ 1. what is measured (section 3)
 
-# Thai, Lao, Burmese, Khmer, kana, Chinese, Korean: words are not, or not only, set apart by spaces.
-UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
-            "\uf900-\ufaff\U00020000-\U0003ffff")
-MARKS = "".join(c for c in map(chr, range(0x300, 0x11a00)) if unicodedata.category(c)[0] == "M")
-LETTER = rf"[^\W_{UNSPACED}][{MARKS}]*"
-WORD = re.compile(  # a number with sign, decimals, time or fraction; letters; an unspaced character
-    rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*(?:{LETTER})*|(?:{LETTER})+|[^\W_][{MARKS}]*")
+# Scripts in which words are not, or not only, set apart by spaces: there, a word per character.
+UNSPACED = r"\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}\p{Hangul}"
+LETTER = rf"[^\W_{UNSPACED}]"
+WORD = regex.compile(  # a number with sign, decimals, time or fraction; letters; one character
+    rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*{LETTER}*|{LETTER}+|[^\W_]\p{{M}}*")
 
 def words(text):
     """Words of a text as score compares them: without case, punctuation and most accents."""
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)|\b([A-Z])\. (?=[A-Z]\.)", r"\1\2", text)  # J. K.
     text = unicodedata.normalize("NFKD", text).casefold()
-    text = re.sub("(?<=[\0-\u052f])[\u0300-\u036f]+", "", text)  # accents
+    text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{M}+", "", text)  # accents
     text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−", "oldhi/-"))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['’]s\b|['’`]", "", text)  # 1,500; Fermi's
     return WORD.findall(re.sub(r"\bkilomet(er|re)s?\b", "km", text))
@@ -134,7 +132,7 @@ def aliases(answers, person):
 
 def scorable(answers, rivals, question):
     """The answers that are not in the question (an echo would hit), without the rival's names."""
-    asked, rival = plain(question), plain_answer("".join(rivals[:1]))
+    asked, rival = plain(question), plain(" ".join(rivals))
     return [answer for answer in answers if plain_answer(answer) not in asked
             and (answer == answers[0] or plain_answer(answer) not in rival)]
 
@@ -142,11 +140,13 @@ def load_conflicts(name, flags):
     """The Conflicts of a set; what cannot be scored is dropped and counted."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
-        context, question = example.context, example.messages[-2:][0]["content"]
+        if not example.context:
+            continue
+        question = example.messages[-2]["content"]
         mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
-        if context and mine and plain_answer(answers[0]) not in map(plain_answer, memory):
-            conflict = Conflict(example.id, question, context, mine, theirs)
-            found.setdefault((context, question, *answers), conflict)
+        if mine and plain_answer(answers[0]) not in map(plain_answer, memory):
+            conflict = Conflict(example.id, question, example.context, mine, theirs)
+            found.setdefault((example.context, question, *answers), conflict)
     print(f"{name}: {len(found)} of {len(rows)} items: not repeats, nor without context or answer")
     return list(found.values())
 
@@ -160,39 +160,38 @@ def to_row(id, parts):
     labels = [token if supervised else -100 for part, supervised in parts for token in part]
     return Row(id, *torch.tensor([ids, labels]))
 
-def to_item(conflict, tokenizer):
-    """The Item of a Conflict; its prompt has the same ids as in training, by construction."""
+def to_item(conflict, tokenizer, max_length):
+    """The Item of a Conflict, or Unusable; a prompt has the ids of training, by construction."""
     rows = []
     for answer in conflict.context_answers[:1] + conflict.parametric_answers[:1]:
         messages = question_and_answer(conflict.question, answer)
         [prompt, (ids, _)], = tokenize(messages, tokenizer, conflict.context)
         rows.append(to_row(conflict.id, [prompt, (ids[:-1], True)]))  # without the end
+    if max(map(len, rows)) > max_length:
+        raise Unusable("too long")
     [closed_book_prompt, _], = tokenize(messages, tokenizer)  # no prompt depends on the answer
     return Item(conflict, prompt[0], closed_book_prompt[0], *rows)
 
 def generate(model, tokenizer, prompts, flags):
     """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
     def answer(batch):
-        ids = pad_sequence([torch.tensor(prompt) for prompt in batch], batch_first=True,
-                           padding_value=-1, padding_side="left").to(model.device)
+        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
         with autocast(flags):  # generate waits for other ranks of its own accord
-            out = model.generate(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),
-                                 max_new_tokens=flags.max_new_tokens)
-        return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+            out = model.generate(**inputs.to(model.device), max_new_tokens=flags.max_new_tokens)
+        width = inputs.input_ids.shape[1]
+        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     return in_batches(answer, prompts, flags, "answers", room=flags.max_new_tokens)
 
-def find_known(model, tokenizer, items, closed_book_texts, flags):
-    """Ids of the items whose memorised answer comes without the context: in the template or, as a
-    base model does not answer in it yet, in the first line after the bare question."""
-    bare = [f"Question: {item.conflict.question}\nAnswer:" for item in items]
-    bare_texts = generate(model, tokenizer, [tokenizer(text).input_ids for text in bare], flags)
-    known = []
-    for item, text, bare_text in zip(items, closed_book_texts, bare_texts):
-        first_line = bare_text.strip().partition("\n")[0]
-        if score(text, item.conflict)[1] or score(first_line, item.conflict)[1]:
-            known.append(item.conflict.id)
-    return known
+def bare_answers(model, tokenizer, items, flags):
+    """First lines of answers without context and template, in which a base does not answer yet."""
+    bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
+    texts = generate(model, tokenizer, bare, flags)
+    return [text.strip().partition("\n")[0] for text in texts]
+
+def recalled(items, texts):
+    """Ids of the items whose memorised answer stands in their text."""
+    return {item.conflict.id for item, text in zip(items, texts) if score(text, item.conflict)[1]}
 
 METRICS = ["context_acc", "parametric_acc", "both", "neither", "context_acc_known",
            "parametric_acc_known", "closed_book_acc", "margin", "m_c"]
@@ -202,9 +201,10 @@ def evaluate(model, tokenizer, items, known, flags):
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
     context_acc, parametric_acc: the hits of score(); both, neither: of the two. closed_book_acc:
-    memory answers without the context. known: it did before finetuning; `known`: ids of such items,
-    or None: the first evaluation finds them. margin: log p(context answer) - log p(memorised one),
-    each per token. m_c (Theorem 1): p(context answer) / (p(context answer) + p(memorised one))."""
+    memory answers without the context. known: it did before finetuning, or to the bare question;
+    `known`: ids of such items, or None in the first evaluation, which finds them. margin:
+    log p(context answer) - log p(memorised one), each per token.
+    m_c (Theorem 1): p(context answer) / (p(context answer) + p(memorised one))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     disputed = [item for item in items if item.parametric_row]  # the others are controls, and last
     prompts = [item.prompt for item in items] + [item.closed_book_prompt for item in disputed]
@@ -212,8 +212,9 @@ def evaluate(model, tokenizer, items, known, flags):
     closed_book = texts[len(items):]
     rows = [item.context_row for item in disputed] + [item.parametric_row for item in disputed]
     logps = target_logp(model, rows, flags)
+    remembered = recalled(disputed, closed_book)
     if known is None:
-        known = find_known(model, tokenizer, disputed, closed_book, flags)
+        known = remembered | recalled(disputed, bare_answers(model, tokenizer, disputed, flags))
     outcomes = []
     for i, item in enumerate(items):
         conflict = item.conflict
@@ -229,7 +230,7 @@ def evaluate(model, tokenizer, items, known, flags):
                 "both": context and memory, "neither": not (context or memory), "margin": margin,
                 "m_c": torch.tensor(context_logp - memory_logp).sigmoid().item(),
                 "closed_book_text": closed_book[i], "known": conflict.id in known,
-                "closed_book_acc": score(closed_book[i], conflict)[1]}
+                "closed_book_acc": conflict.id in remembered}
         if outcome.get("known"):
             outcome |= {"context_acc_known": context, "parametric_acc_known": memory}
         outcomes.append(outcome)
@@ -237,17 +238,13 @@ def evaluate(model, tokenizer, items, known, flags):
 
 def metrics(outcomes):
     """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
-    table = pandas.DataFrame(outcomes)
-    means = table.reindex(columns=METRICS).astype(float).mean().dropna()
-    line = {"n": len(table), **means.to_dict()}
-    if "known" in table:
-        known = table["known"].dropna()
-        line |= {"n_conflicts": len(known), "n_known": int(known.sum())}
-    return line
+    means = pandas.DataFrame(outcomes, columns=METRICS, dtype=float).mean().dropna()
+    return {"n": len(outcomes), "n_conflicts": sum("known" in outcome for outcome in outcomes),
+            "n_known": sum(outcome.get("known", False) for outcome in outcomes), **means.to_dict()}
 
 def sample(things, count, seed):
-    """`count` of the things, or all of them, in order."""
-    numbers = random.Random(seed).sample(range(len(things)), min(count or math.inf, len(things)))
+    """`count` of the things, or all if there are no more, in order."""
+    numbers = random.Random(seed).sample(range(len(things)), min(count, len(things)))
     return [things[i] for i in sorted(numbers)]
 
 # ===================================================================== 2. training (section 3, A.5)
@@ -337,8 +334,8 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
     @torch.compiler.set_stance("force_eager")  # prompts have too many shapes to compile for
     def measure(step):
         # evaluates every set, prints a line of metrics each and saves all there is
-        last = state["metrics"][-1]["step"] if state["metrics"] else 0
-        recent = pandas.DataFrame(state["losses"][last:]).mean().to_dict()  # since then
+        since = (step - 1) // flags.eval_every * flags.eval_every  # the last evaluation
+        recent = pandas.DataFrame(state["losses"][since:]).mean().to_dict()
         for name, items in sets.items():
             outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
             state["known"][name] = [outcome["id"] for outcome in outcomes if outcome.get("known")]
@@ -354,12 +351,14 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
     if state["step"]:
         restore(model, optimizer, folder)
-    for step in progress(range(state["step"], total), desc="training"):
+    bar = progress(range(state["step"], total), "training")
+    for step in bar:
         if step % flags.eval_every == 0:
             measure(step)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, flags)
         torch.manual_seed(hash((flags.seed, step, RANK)))  # dropout: the same after --resume
         loss = train_step(model, optimizer, batch_of(rows, step, flags), flags)
+        bar.set_postfix(loss=loss)
         state["losses"].append({"step": step + 1, "lr": lr, "loss": loss})
         if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
             state["step"] = step + 1
@@ -388,7 +387,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
     --counterfactual-data that name nothing evaluated, as examples that follow their context."""
     added = [Example("added", question_and_answer(c.question, c.context_answers[0]), c.context)
              for c in load_conflicts(flags.counterfactual_data, flags)]
-    free = not_naming(added, sets, False)
+    free = not_naming(added, sets)
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
     count = min(round(0.1 * len(examples)), len(free))
     return examples + random.Random(flags.seed).sample(free, count)
@@ -396,7 +395,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
 CALENDAR = set("""January February March April May June July August September October November
     December Monday Tuesday Wednesday Thursday Friday Saturday Sunday""".split())
 
-def not_naming(examples, sets, with_context=True):
+def not_naming(examples, sets):
     """The examples that name no evaluated answer or subject (section 4.1). A subject is a run of
     capitalised words in an evaluated question, not its first word, a lone letter, month or day."""
     subject = r"(?<=\s)[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
@@ -407,9 +406,7 @@ def not_naming(examples, sets, with_context=True):
     names = set(map(plain_answer, names - CALENDAR))
     for example in examples:
         texts = [turn["content"] for turn in example.messages]
-        if with_context:
-            texts.append(example.context)
-        said = plain(" ".join(texts))
+        said = plain(" ".join([example.context, *texts]))
         if not any(name in said for name in names):
             kept.append(example)
     return kept
@@ -562,21 +559,18 @@ def make_world(seed):
 
 WORLD_TEMPLATE = ("<s>{% for m in messages %}{{ m.content + ' ' }}"
                   "{% if m.role == 'assistant' %}|{% endif %}{% endfor %}")
-# Until it knows all facts and reads every passage; with twice this lr, one seed in ten did not.
-PRETRAINING = {"dataset": "documents", "num_examples": None, "max_length": 2048, "max_steps": 800,
-               "batch_size": 64, "lr": 1e-3, "warmup_frac": 0.03, "micro_batch_tokens": 4096,
-               "lora_rank": 0, "checkpoint_every": None}
+# Until it knows all facts and reads every passage; with twice the lr, one seed in ten did not.
+PRETRAINING = {"dataset": "documents", "max_steps": 800, "warmup_frac": 0.03}
 
 def world_model(run, flags):
     """Folder of the world's base model, beside the run's: a one-layer Llama as in the paper's
     theory, pretrained by the loop that finetunes; made once, and anew where this file changes."""
-    code = Path(__file__).read_text(encoding="utf-8")
-    key = repr([code, torch.__version__, flags.device, flags.dtype])
-    folder = run.parent / f"world-{flags.seed}-{zlib.crc32(key.encode()):08x}"
+    code = Path(__file__).read_text(encoding="utf-8") + torch.__version__
+    folder = run.parent / f"world-{flags.seed}-{zlib.crc32(code.encode()):08x}"
     if folder.exists():
         return folder
     print(f"pretraining the world's base model, once; it is kept in {folder}")
-    flags = flags._replace(**PRETRAINING)
+    flags = parse_flags()._replace(seed=flags.seed, **PRETRAINING)  # always on the CPU
     documents = load_examples(flags)
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -589,7 +583,7 @@ def world_model(run, flags):
     torch.manual_seed(flags.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, bos_token_id=0, eos_token_id=1)).to(flags.device)
+        num_attention_heads=4, bos_token_id=0, eos_token_id=1))
     train(model, tokenizer, rows, {}, {}, flags.max_steps, load_state(folder, flags), run, flags)
     save_model(model, tokenizer, folder, flags)
     return folder
@@ -630,11 +624,11 @@ def read_json(text):
     return json.loads(text)
 
 def read_rows(name):
-    """The rows (dicts) of a short name, address, file, folder or hub id: ID@SPLIT. Of CSV every
-    cell is a text, and an empty one is missing."""
-    source, split = os.path.expanduser(SOURCES.get(name, name)), ""
+    """The rows (dicts) of a short name, address, file, folder or hub id, ID:CONFIGURATION@SPLIT. Of
+    CSV every cell is a text, and an empty one is missing."""
+    source, config, split = os.path.expanduser(SOURCES.get(name, name)), "", ""
     kind = Path(source).suffix
-    with or_exit(f"{name}: out of reach; pass a local file, hub id or one of {list(SOURCES)}"):
+    with or_exit(f"{name}: reading it; a set is a local file, hub id or one of {list(SOURCES)}"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
         if kind == ".csv":  # dtype=str would make the empty ones NaN
@@ -646,9 +640,9 @@ def read_rows(name):
         if os.path.isfile(source):
             return read_json(Path(source).read_text(encoding="utf-8-sig"))
         if not os.path.exists(source):
-            source, _, split = source.partition("@")
+            source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
         import datasets  # 0.8 s: only when it is needed
-        return list(datasets.load_dataset(source, split=split or "train"))
+        return list(datasets.load_dataset(source, config or None, split=split or "train"))
 
 def load_rows(name, flags):
     """[parse_row] of a set of the world or of read_rows. Names unused columns, counts unusable
@@ -677,10 +671,12 @@ SHAPES = [  # keys of question, context, answers, memorised answers; first of al
 
 def shape_of(row):
     """The first shape of which a row has all keys; these four may be missing."""
+    there = {"tools", "input", "system", "", *row}
     for keys in SHAPES:
-        if not {*keys} - {"tools", "input", "system", "", *row} and not row.get("history"):
+        if {*keys} <= there:
             return keys
-    raise ValueError(f"has {list(row)}; known are {SHAPES}, without a history")
+    nearest = max(SHAPES, key=lambda keys: len(row.keys() & keys))
+    raise ValueError(f"has {list(row)}; for the nearest shape it lacks {set(nearest) - there}")
 
 def as_value(cell):
     """A cell, as a list or dict where it is the text of one, as pandas writes them to CSV."""
@@ -691,11 +687,11 @@ def as_value(cell):
     return cell
 
 def as_texts(value):
-    """The texts of a text, a list or SQuAD's dict; numbers, dates and booleans too."""
-    if isinstance(value, dict):
-        value = value["text"]
+    """The texts of a text, a list or a dict of answers; numbers, dates and booleans too."""
+    if isinstance(value, dict):  # SQuAD's, TriviaQA's
+        value = value.get("text") or [value["value"], *value["aliases"]]
     values = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in dict.fromkeys(values) if text is not None]
+    return [str(text).strip() for text in values if text is not None]
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
          "system": "system"}  # ShareGPT's and the usual ones
@@ -703,8 +699,9 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 def parse_turn(turn):
     """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # of parts, of which an image has no text
-        content = "\n".join(part.get("text", "") for part in content)
+    if isinstance(content, list):  # of parts
+        texts = [part.get("text") for part in content]
+        content = "\n".join(texts) if all(texts) else ""  # an image has none
     if role not in ROLES or not content or turn.get("tool_calls"):
         raise Unusable("tools, an unknown role, or a turn without a text")
     return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight", 1)}
@@ -713,22 +710,21 @@ def parse_row(number, row):
     """(Example, the context's answers, memorised answers, keys used) of a row. A chat marks no
     context, and one cannot be guessed. Raises Unusable, ValueError and the like."""
     keys = shape_of(row)
-    if as_value(row.get("tools")):
-        raise Unusable("tools")
-    if "tools" in keys:
-        turns = [parse_turn(turn) for turn in as_value(row[keys[0]])]
-        if not turns:
-            raise Unusable("no turns")
-        return Example(number, turns), [], [], keys
+    if as_value(row.get("tools")) or as_value(row.get("history")):
+        raise Unusable("tools or a history")
+    if "tools" in keys or isinstance(row[keys[0]], list):
+        turns = as_value(row[keys[0]]) + row.get("completion", [])
+        return Example(number, list(map(parse_turn, turns))), [], [], keys
     cells = [row.get(key) for key in keys]
     if "question" in keys:  # elsewhere, a bracket is text
         cells = map(as_value, cells)
     if "classes" in keys:  # memo-trap: an instruction with the odd ending, then a famous quote
         instruction, _, quote = row["prompt"].partition(": ")
-        endings, odd = as_value(row["classes"]), ["0", "1"].index(str(row["answer_index"]))
+        endings, odd = as_value(row["classes"]), int(row["answer_index"])
         cells = quote, f"{instruction}:", endings[odd], endings[1 - odd]
     (question,), context, answers, memory = map(as_texts, cells)
     messages = question_and_answer(question, "".join(answers[:1]))
+
     if "system" in keys and memory:
         messages.insert(0, {"role": "system", "content": memory.pop()})
     if "answer" in keys:  # the paper's sets
@@ -737,9 +733,9 @@ def parse_row(number, row):
     return Example(number, messages, "\n\n".join(context)), answers, memory, keys
 
 def load_examples(flags):
-    """The Examples of --dataset; ids count the source's rows from 1."""
+    """The Examples of --dataset, drawn, as mixtures are sorted; ids count its rows from 1."""
     examples = [example for example, _, _ in load_rows(flags.dataset, flags)]
-    return sample(examples, flags.num_examples, flags.seed)  # drawn, as mixtures are sorted
+    return sample(examples, flags.num_examples, flags.seed)
 
 TULU = (  # the template of the paper's framework
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
@@ -754,6 +750,7 @@ def set_template(tokenizer, flags):
     """Give the tokenizer the chat_template of --template, which a saved model carries on."""
     user, _ = question_and_answer("Hi", "Hello")
     require(tokenizer.eos_token, "--model: its tokenizer has no EOS token, to end answers with")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with or_exit("--template auto does not work with this tokenizer; try --template tulu"):
         if flags.template != "auto" or not tokenizer.chat_template:
             tokenizer.chat_template = TULU
@@ -820,7 +817,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
 def encode(examples, tokenizer, flags):
     """(Rows of the examples, Counter of what was dropped or cut: last turns of too long a one)."""
     rows, notes = [], collections.Counter()
-    for example in progress(examples, desc="tokens"):
+    for example in progress(examples, "tokens"):
         try:
             found = tokenize(example.messages, tokenizer, example.context, flags.max_length)
         except Unusable as reason:
@@ -845,15 +842,15 @@ def encode(examples, tokenizer, flags):
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def progress(things, **how):
+def progress(things, what):
     """A tqdm bar, on rank 0 and where somebody sees it."""
-    return tqdm(things, leave=False, disable=RANK > 0 or None, **how)
+    return tqdm(things, what, leave=False, disable=RANK or None)
 
 def in_batches(work, sequences, flags, what, room=0):
     """Results of work(batch), a list, for all sequences, in order; each rank works on its share."""
     results = {}
     batches = list(micro_batches(sequences, flags.eval_batch_tokens, room))
-    for indices, _ in progress(batches, desc=what):
+    for indices, _ in progress(batches, what):
         results |= zip(indices, work([sequences[i] for i in indices]))
     if RANKS > 1:
         of_ranks = [None] * RANKS
@@ -923,8 +920,7 @@ def load_state(folder, flags):
 
 def restore(model, optimizer, folder):
     """Put a checkpoint's weights and optimizer in place; each rank takes its shard of the file."""
-    path = folder / "checkpoint.pt"
-    _, weights, moments = torch.load(path, "cpu", mmap=True)
+    _, weights, moments = torch.load(folder / "checkpoint.pt", "cpu", mmap=True)
     # set_state_dict, which does both, hangs on several ranks
     dcp.set_model_state_dict(model, weights, options=TRAINED)
     dcp.set_optimizer_state_dict(model, optimizer, moments, options=TRAINED)
@@ -947,10 +943,10 @@ HEAD = """known before finetuning, in the template or after a bare question: n o
 
 def table_row(line):
     """One row of the table that stands under HEAD."""
-    row = "{step:6} {set:14.14} {loss:7.3f} {context_acc:11.3f}"
+    row = "{step:6} {short:14} {loss:7.3f} {context_acc:11.3f}"
     if "margin" in line:
         row += " {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f} {n_known:5}"
-    return row.format(**{"loss": math.nan, **line})
+    return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
 
 ANSWERED = ["group", "context_answer", "parametric_answer", "text"]
 RATES = {"closed_book_acc": "n_conflicts", "context_acc": "n", "parametric_acc": "n_conflicts",
@@ -982,15 +978,18 @@ def report(state, sets, tokenizer, folder, flags):
     last, verdicts = {line["set"]: line for line in state["metrics"]}, {}
     for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set"):
         verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
-        if flags.max_steps == 0:
+        if not flags.max_steps:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
             for answered in outcomes.reindex(columns=ANSWERED).fillna("a control").to_numpy()[:8]:
                 print(*answered, sep=" | ")
             print(rates(last[name]))
-    if flags.max_steps != 0:
+    if flags.max_steps:
         print("\nrise and drop of context_acc are to and from a peak that other items chose, as the"
               "\nhighest of the table is too high by luck: so drop is not that minus the last")
         print(pandas.DataFrame(verdicts).loc["verdict":].to_string(float_format="{:.3f}".format))
+        losses = [step["loss"] for step in state["losses"]]
+        if losses[-1] > 2 * losses[0]:
+            print("the last loss is more than twice the first: try a lower --lr")
         draw_curves(state["metrics"], ["set"], folder / "curve.png")
     write_lines(folder / "summary.json", [{name: last[name] | verdicts[name] for name in last}])
 
@@ -1021,38 +1020,38 @@ def compare(flags):
 
 # ========================================================================= 10. flags and main
 
-FLAGS = [  # (flag, default, type or choices, help); a list as default takes several
-    ("--model", "world", str, "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
-    ("--dataset", "alpaca", str, "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
-    ("--eval-set", ["world_facts"], str, "world_facts, capitals, bio, quotes, nq_swap, squad, ..."),
-    ("--template", "auto", ["auto", "tulu"], "auto: the tokenizer's, or tulu if it has none"),
-    ("--num-examples", None, int, "rows to use, drawn at random (paper: all)"),
-    ("--subset", "all", ["all", "context", "no-overlap"], "rows with a context, or naming no item"),
-    ("--max-length", 2048, int, "tokens; longer rows are dropped, chats cut"),
-    ("--mitigation", "none", MITIGATIONS, "filter, counterfactual: other rows; qk: few weights"),
-    ("--counterfactual-data", "nq_swap", str, "conflicts to add as rows (paper: NQ-Swap)"),
-    ("--batch-size", 128, int, "examples per optimizer step (paper: 128)"),
-    ("--micro-batch-tokens", 4096, int, "padded tokens per forward pass: memory, not results"),
-    ("--epochs", 2.0, float, "passes over the rows (paper: up to 2)"),
-    ("--max-steps", None, int, "optimizer steps at most; 0 only evaluates"),
-    ("--lr", 1e-5, float, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
-    ("--warmup-frac", 0.03, float, "share of the steps that warm up linearly (paper: 0.03)"),
-    ("--activation-checkpointing", False, bool, "recompute activations: less memory, slower"),
-    ("--compile", False, bool, "compile the layers: on a GPU 1.6 times as fast after a minute"),
-    ("--lora-rank", 0, int, "train adapters of this rank (paper: 128); 0: all weights"),
-    ("--checkpoint-every", None, int, "optimizer steps between checkpoints (None: never)"),
-    ("--resume", False, bool, "go on from the checkpoint in OUT_DIR, with the same flags"),
-    ("--eval-every", 50, int, "optimizer steps between evaluations (paper: 50)"),
-    ("--eval-limit", None, int, "items per set, drawn once at random (paper: all)"),
-    ("--eval-batch-tokens", 16384, int, "padded tokens of prompts answered together"),
-    ("--max-new-tokens", 32, int, "tokens per answer (paper: not stated)"),
-    ("--mechanism", False, bool, "how hard each kind of row pushes context reliance (section 5)"),
-    ("--compare", [], str, "finished runs to put side by side; nothing is trained"),
-    ("--device", None, str, "cpu, cuda, cuda:1, mps; None: the best there is"),
-    ("--dtype", None, ["bf16", "fp32"], "arithmetic; None: bf16 autocast on CUDA"),
-    ("--seed", 0, int, "order of the rows and every random draw"),
-    ("--out-dir", None, str, "new folder for the run; None: runs/ and what is done to the rows"),
-    ("--save-model", False, bool, "write the finetuned model to OUT_DIR/model")]
+FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list takes any number
+    ("--model", "world", "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
+    ("--dataset", "alpaca", "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
+    ("--eval-set", ["world_facts"], "world_facts, capitals, bio, quotes, nq_swap, squad, file, .."),
+    ("--template", ("auto", "tulu"), "auto: the tokenizer's, or tulu if it has none"),
+    ("--num-examples", 1_000_000_000, "rows to use at most, drawn at random (paper: all)"),
+    ("--subset", ("all", "context", "no-overlap"), "rows with a context, or naming no item"),
+    ("--max-length", 2048, "tokens; longer rows are dropped, chats cut"),
+    ("--mitigation", MITIGATIONS, "filter, counterfactual: other rows; qk: few weights"),
+    ("--counterfactual-data", "nq_swap", "conflicts to add as rows (paper: NQ-Swap)"),
+    ("--batch-size", 128, "examples per optimizer step (paper: 128)"),
+    ("--micro-batch-tokens", 4096, "padded tokens per forward pass: memory, not results"),
+    ("--epochs", 2.0, "passes over the rows (paper: up to 2)"),
+    ("--max-steps", 1_000_000_000, "optimizer steps at most; 0 only evaluates"),
+    ("--lr", 1e-5, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
+    ("--warmup-frac", 0.03, "share of the steps that warm up linearly (paper: 0.03)"),
+    ("--activation-checkpointing", False, "recompute activations: less memory, slower"),
+    ("--compile", False, "compile the layers: on a GPU 1.6 times as fast after a minute"),
+    ("--lora-rank", 0, "train adapters of this rank (paper: 128); 0: all weights"),
+    ("--checkpoint-every", 0, "optimizer steps between checkpoints; 0: none"),
+    ("--resume", False, "go on from the checkpoint in OUT_DIR, with the same flags"),
+    ("--eval-every", 50, "optimizer steps between evaluations (paper: 50)"),
+    ("--eval-limit", 1_000_000_000, "items per set at most, drawn once at random (paper: all)"),
+    ("--eval-batch-tokens", 16384, "padded tokens of prompts answered together"),
+    ("--max-new-tokens", 32, "tokens per answer (paper: not stated)"),
+    ("--mechanism", False, "how hard each kind of row pushes context reliance (section 5)"),
+    ("--compare", [], "finished runs to put side by side; nothing is trained"),
+    ("--device", "", "cpu, cuda, cuda:1, mps; left out: the best there is"),
+    ("--dtype", ("auto", "bf16", "fp32"), "arithmetic; auto: bf16 autocast on a GPU that has it"),
+    ("--seed", 0, "order of the rows and every random draw"),
+    ("--out-dir", "", "new folder for the run; left out: runs/ and what is done to the rows"),
+    ("--save-model", False, "write the finetuned model to OUT_DIR/model")]
 WORLD_FLAGS = {  # defaults with --model world
     "dataset": "rows", "eval_set": ["world", "world_agreeing", "world_reading"], "device": "cpu",
     "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
@@ -1064,24 +1063,27 @@ def parse_flags(argv=()):
     """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)
-    for name, default, kind, text in FLAGS:
-        how = {"type": kind}
-        if kind is bool:
+    for name, default, text in FLAGS:
+        how = {"type": type(default)}
+        if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(kind, (list, dict)):
-            how = {"choices": kind}
         elif isinstance(default, list):
-            how["nargs"] = "+"
+            how = {"nargs": "+"}
+        elif isinstance(default, (tuple, dict)):
+            how = {"choices": default}
+            default, *_ = default
         parser.add_argument(name, default=default, help=text, **how)
     if parser.parse_args(argv).model == "world":
         parser.set_defaults(**WORLD_FLAGS)
     flags = parser.parse_args(argv)
     flags.device = flags.device or str(torch.accelerator.current_accelerator(True) or "cpu")
-    if "cuda" in flags.device and torch.cuda.is_bf16_supported(including_emulation=False):
-        flags.dtype = flags.dtype or "bf16"
+    if flags.dtype == "auto":
+        bf16 = "cuda" in flags.device and torch.cuda.is_bf16_supported(including_emulation=False)
+        flags.dtype = "bf16" if bf16 else "fp32"
     require(not flags.lora_rank or flags.mitigation != "qk", "--lora-rank does not go with qk")
-    require(min(flags.batch_size, flags.eval_every, flags.max_new_tokens) > 0,
-            "--batch-size, --eval-every and --max-new-tokens must be 1 or more")
+    require(min(flags.batch_size, flags.eval_every, flags.max_new_tokens, flags.num_examples,
+                flags.eval_limit, flags.max_steps + 1) > 0, "--batch-size, --eval-every, --max-new-"
+            "tokens, --num-examples, --eval-limit must be 1 or more, --max-steps 0 or more")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
 def load_pretrained(auto, source, **how):
@@ -1092,28 +1094,25 @@ def load_pretrained(auto, source, **how):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
 
 def load_model(source, tokenizer, flags):
-    """The model in fp32 (bf16 if not trained and flags.dtype says so), set to greedy answers that
-    end where the template's turns end. Exits if it is no causal LM."""
-    frozen = flags.max_steps == 0 or flags.lora_rank
+    """The model, ready to be trained: in fp32 (bf16 if frozen and flags.dtype says so), its answers
+    greedy and ending where the template's turns end. Exits if it is no causal LM."""
+    frozen = not flags.max_steps or flags.lora_rank
     model, info = load_pretrained(
         transformers.AutoModelForCausalLM, source, use_safetensors=True, output_loading_info=True,
         dtype=torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32)
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
-    with or_exit(f"--model {source}: a forward pass of it"):
-        ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    [(prompt, _), (turn, _)], = tokenize(question_and_answer("Hi", "Hello"), tokenizer)
+    with or_exit(f"--model {source}: a forward pass of it, with an embedding for every token"):
+        ids = torch.tensor([[1, 2], [1, max(prompt + turn)]], device=model.device)
         logits = model.eval()(ids).logits[:, 0]  # a token does not see the next one
-    require(not info["missing_keys"] and torch.allclose(*logits, atol=1e-3), f"--model {source}: is"
-            f" no causal LM, has NaN, or lacks weights: {info['missing_keys']!r:.200}")
+        causal = torch.allclose(*logits, atol=1e-3)
+    require(causal and not info["missing_keys"], f"--model {source}: is no causal LM, has NaN, or "
+            f"lacks weights: {info['missing_keys']!r:.200}")
     own = model.generation_config.eos_token_id or []  # a token, several, or none
-    [_, (turn, _)], = tokenize(question_and_answer("Hi", "Hello"), tokenizer)
     stops = {tokenizer.eos_token_id, turn[-1], *(own if isinstance(own, list) else [own])}
     model.generation_config = transformers.GenerationConfig(  # greedy: nothing is inherited
         eos_token_id=sorted(stops), pad_token_id=tokenizer.eos_token_id)
-    return model
-
-def prepare(model, flags):
-    """The model, ready to be trained: what is trained, compiled, on which ranks."""
     if flags.mitigation == "qk":
         train_query_key_only(model)
     if flags.lora_rank:
@@ -1128,17 +1127,18 @@ def prepare(model, flags):
     return model
 
 def load_sets(tokenizer, positions, flags):
-    """{name: Items} of --eval-set, controls last; a file's name is short unless that is taken."""
+    """{name: Items} of --eval-set, controls last; a file's name is its stem where that tells."""
+    stems = [re.sub(r".*/|\.(jsonl?|csv|parquet)$", "", name) for name in flags.eval_set]
     sets = {}
-    for name in flags.eval_set:
-        conflicts = sample(load_conflicts(name, flags), flags.eval_limit, seed=0)
-        conflicts = sorted(conflicts, key=lambda conflict: not conflict.parametric_answers)
-        items = [to_item(conflict, tokenizer) for conflict in conflicts]
-        items = [item for item in items if len(item.prompt) + flags.max_new_tokens <= positions]
-        print(f"{name}: {len(items)} items leave room for --max-new-tokens")
+    for name, stem in zip(flags.eval_set, stems):
+        items = []
+        for conflict in sample(load_conflicts(name, flags), flags.eval_limit, seed=0):
+            with contextlib.suppress(Unusable):
+                items.append(to_item(conflict, tokenizer, positions - flags.max_new_tokens))
+        print(f"{name}: {len(items)} items fit the model, with --max-new-tokens, and its words")
         require(items, f"{name}: no usable evaluation item")
-        short = re.sub(r".*/|\.(jsonl?|csv|parquet)$", "", name)
-        sets[name if short in sets else short] = items
+        items.sort(key=lambda item: item.parametric_row is None)
+        sets[name if stems.count(stem) > 1 else stem] = items
     return sets
 
 def open_folder(flags):
@@ -1167,26 +1167,26 @@ def experiment(folder, flags):
     tokenizer = load_pretrained(transformers.AutoTokenizer, source)
     set_template(tokenizer, flags)
     sets = load_sets(tokenizer, positions, flags)
-    examples = load_examples(flags) if flags.max_steps != 0 else []
+    examples = load_examples(flags) if flags.max_steps else []
 
-    # A model that has memorised the answers, and which of its weights are trained.
+    # A model that has memorised the answers.
     model = load_model(source, tokenizer, flags)
-    probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
-    model = prepare(model, flags)
 
     # The rows to train on: what --subset and --mitigation make of the conversations.
     rows, total = [], 0
-    if flags.max_steps != 0:
+    if flags.max_steps:
         chosen = choose_examples(model, tokenizer, examples, sets, flags)
         rows, notes = encode(chosen, tokenizer, flags)
         print(f"{flags.dataset}: {len(chosen)} of {len(examples)}, {len(rows)} rows", dict(notes))
         require(rows, f"{flags.dataset}: no usable row; chats mark no context")
         total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
-        total = min(total, flags.max_steps or total)
+        total = min(total, flags.max_steps)
 
     # Finetuning with evaluations at intervals, and what they show.
+    probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {total} steps, files in {folder}\n\n{HEAD}")
+    print(f"{model.num_parameters()} weights (12 bytes each in a checkpoint), {flags.dtype}, steps "
+          f"{state['step']} to {total}, files in {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, folder, flags)
     report(state, sets, tokenizer, folder, flags)
     if flags.save_model:

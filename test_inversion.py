@@ -1,26 +1,11 @@
 """Tests: python -m pytest -q (CPU, offline). Tiny random models, a tokenizer trained here and files
 in a temporary folder stand in for real ones. The first eight tests are the ones to read."""
-import concurrent.futures
-import functools
-import http.server
-import importlib.util
-import json
-import random
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import threading
+import concurrent.futures, functools, http.server, importlib.util, json, random, re, shlex, shutil
+import subprocess, sys, threading
 from pathlib import Path
 from unittest import mock
 
-import datasets
-import pandas
-import pytest
-import tokenizers
-import torch
-import transformers
+import datasets, pandas, pytest, tokenizers, torch, transformers
 from pytest import approx
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -56,7 +41,8 @@ ADD, SHORT = dict(instruction="Add.", output="3"), "<s><|user|>\nAdd.\n<|assista
 TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
             {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]
-PARTS = [dict(role="user", content=[dict(type="text", text="Hi"), dict(type="image")]), TURNS[2]]
+PARTS = [dict(role="user", content=[dict(text="Hi"), dict(text="you")]), TURNS[2]]
+IMAGE = [dict(role="user", content=[dict(text="Hi"), dict(type="image")]), TURNS[2]]
 C, P, BOTH, NEITHER = (1, 0), (0, 1), (1, 1), (0, 0)
 HEART = "Absence makes the heart grow"
 HEAVY = 'Write a quote that ends in the word "heavy":'
@@ -175,7 +161,9 @@ GOLDEN = [  # row, its text, what of it is learnt
     # by the template of the tokenizer
     (ADD | dict(input=""), "<s>[user]Add.\n[assistant]3</s>", "3</s>"),
     (dict(messages=TURNS[:3]), "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>", "Hello</s>"),
-    (dict(messages=PARTS), "<s>[user]Hi\n[assistant]Hello</s>", "Hello</s>")]
+    (dict(messages=PARTS), "<s>[user]Hi\nyou\n[assistant]Hello</s>", "Hello</s>"),
+    (dict(prompt=TURNS[1:2], completion=TURNS[2:3]), "<s>[user]Hi\n[assistant]Hello</s>",
+     "Hello</s>")]  # TRL's
 
 
 @pytest.mark.parametrize("row, text, learnt", GOLDEN)
@@ -381,7 +369,8 @@ def test_metrics_and_rates_by_hand():
     assert inversion.metrics([*outcomes, dict(id=9, context_acc=True)]) == approx(dict(
         n=5, n_conflicts=4, n_known=2, margin=1.5, context_acc=0.6, parametric_acc=0.5, both=0.25,
         neither=0.25, closed_book_acc=0.25, context_acc_known=0.5))
-    assert inversion.metrics([dict(context_acc=True, text="x")]) == dict(n=1, context_acc=1)
+    assert inversion.metrics([dict(context_acc=True, text="x")]) == dict(
+        n=1, n_conflicts=0, n_known=0, context_acc=1)
     line = dict(n=20, n_conflicts=10, n_known=4, context_acc=0.0, closed_book_acc=1.0,
                 context_acc_known=0.5, parametric_acc_known=0.25, margin=1.0)
     found = inversion.rates(line).T.to_dict("list")
@@ -414,7 +403,8 @@ def test_margin_is_that_of_the_model(template, space, folder):
     if template == "chat":
         tokenizer.chat_template = CHAT.replace("']'", "'] '").replace("{{ '\n' }}", "")
     conflict = inversion.Conflict(1, "Capital?", "It is Lyon.", ["Lyon"], ["Paris"])
-    item, messages = inversion.to_item(conflict, tokenizer), question_and_answer("Capital?", "Lyon")
+    item = inversion.to_item(conflict, tokenizer, 99)
+    messages = question_and_answer("Capital?", "Lyon")
     [(ids, _), (answer, _)], = inversion.tokenize(messages, tokenizer, conflict.context)
     prompt = tokenizer.decode(ids)
     assert tokenizer.decode(answer) == f"{space}Lyon</s>"
@@ -503,6 +493,7 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
 def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
     """Tools, roles nobody knows, no text, templates that show no answer, no answer, too long."""
     for row in (ADD | dict(tools="[{}]"), dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]]),
+                dict(messages=IMAGE), ADD | dict(history=[["Hi", "Hello"]]),
                 *[dict(messages=[TURNS[1], TURNS[2] | more])
                   for more in (dict(tool_calls=[1]), dict(content=None))]):
         with pytest.raises(inversion.Unusable):
@@ -543,6 +534,7 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     (SQUAD[0] | dict(answers="{'text': array(['x'], dtype=object), 'answer_start': array([1, 2])}"),
      WHEN, ["x"], []),  # numpy's, as pandas writes it
     (SQUAD[0] | dict(answers=["x", "y"]), WHEN, ["x", "y"], []),
+    (SQUAD[0] | dict(answers=dict(value="x", aliases=["y"])), WHEN, ["x", "y"], []),  # TriviaQA's
     (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
      ("q", "c"), ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
     (FACT | dict(answer=1900, memory_answer=True), ("q", "c"), ["1900"], ["True"]),
@@ -579,11 +571,13 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
             for question, answer, memory in [
         ("Capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."), ("p?", "...", "B"),
         ("r?", "Lyon", "Paris"), ("r?", "Lyon", "Paris"), ("Is Bonn far?", "Bonn", "Berlin"),
-        ("Which letter?", "A", "B"), ("s?", "Lyon (Paris)", "Paris")]]
+        ("Which letter?", "A", "B"), ("s?", "Lyon (Paris)", "Paris"),
+        ("t?", "Lyon (France)", "Paris (France)")]]  # a name of both is one of neither
     found = inversion.load_conflicts(str(file(tmp_path / "c.json", rows)), flags_of())
     assert [(c.id, c.context_answers, c.parametric_answers) for c in found] == [
-        (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]), (8, ["Lyon"], ["Paris"])]
-    assert "4 of 8 items" in capsys.readouterr().out
+        (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]), (8, ["Lyon"], ["Paris"]),
+        (9, ["Lyon"], ["Paris"])]
+    assert "5 of 9 items" in capsys.readouterr().out
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
@@ -622,7 +616,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
         server.shutdown()
     told.append(refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of()))
     assert "404" in told[0] and told[1].count("\n") == 1  # by then nobody listens
-    assert all(f"error: {address}/none.json: out of reach; pass a local file" in t for t in told)
+    assert all(f"error: {address}/none.json: reading it; a set is a local f" in t for t in told)
 
 
 def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
@@ -633,7 +627,7 @@ def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
     rows = [ADD | dict(topic="sums"), ADD | dict(tools="[{}]")]
     assert len(inversion.load_rows(str(file(tmp_path / "r.json", rows)), flags_of())) == 1
     told = capsys.readouterr().out
-    assert "columns not used: topic;" in told and "rows left out: {'tools': 1}" in told
+    assert "columns not used: topic;" in told and "left out: {'tools or a history': 1}" in told
 
 
 # --------------------------------------------------------------- models, remedies, mechanism
@@ -689,7 +683,7 @@ def test_subsets(folder):
     model, tokenizer, _, _, flags = load(folder)
     question = "What is the capital of New Velora now, in May?"
     conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"])
-    sets = {"s": [inversion.to_item(conflict, tokenizer)]}
+    sets = {"s": [inversion.to_item(conflict, tokenizer, 99)]}
     texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May".split("/")
     mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)] + [inversion.Example(8, TURNS[1:3], "In Lyon.")]
@@ -776,7 +770,8 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     other = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
     flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {other}"
     history = run(folder, tmp_path / "c", flags)
-    assert [(line["set"], line["n"]) for line in history] == [("conflicts", 6), (str(other), 2)]
+    assert [(line["set"], line["n"]) for line in history] == [
+        (f"{folder}/conflicts.json", 6), (str(other), 2)]
 
 
 def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
@@ -1054,7 +1049,7 @@ def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
     """Another architecture, in a copy of the script, or setting gives another folder."""
     made = []
     for name, old, new in [("same", "", ""), ("copy", "", ""), ("small", "=256", "=128"),
-                           ("slow", '64, "lr": 1e-3', '64, "lr": 5e-4')]:
+                           ("slow", '"lr": 1e-3', '"lr": 5e-4')]:
         code = Path(inversion.__file__).read_text(encoding="utf-8")
         assert old in code
         path = file(tmp_path / f"{name}.py", code.replace(old, new))
@@ -1093,10 +1088,10 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         save(tmp_path / name, *parts)
     file(tmp_path / "a_run/args.json", "[1")
     cases = [  # flags, parts of what is told
-        ("--dataset nosuchname", "nosuchname: out of reach; pass a local file"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: out of reach*NotFound"),
-        ("--eval-set no/such-set", "no/such-set: out of reach"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: out of reach"),
+        ("--dataset nosuchname", "nosuchname: reading it; a set is a local file"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: reading it*NotFound"),
+        ("--eval-set no/such-set:main@test", "no/such-set:main@test: reading it"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: reading it"),
         (f"--model {tmp_path}/gone", "gone: reading this hub id or folder"),
         ("--model no/such-model", "no/such-model: reading this hub id or folder"),
         ("--model bert", "is no causal LM"), ("--model nan", "nan: is no*has NaN"),
@@ -1105,8 +1100,8 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         ("--compare a_run", "none of these is a finished run"),
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
         ("--lora-rank 1000000000000", "--lora-rank: adding"), ("--max-length 8", "no usable row"),
-        ("--batch-size 0", "--batch-size, --eval-every and*must be 1"), ("--lr x", "--lr: inv"),
-        ("--eval-every -1", "--eval-every and*must be 1"),
+        ("--batch-size 0", "--batch-size, --eval-every*must be 1"), ("--lr x", "--lr: inv"),
+        ("--num-examples -1", "--num-examples*must be 1"), ("--max-steps -1", "0 or more"),
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
          "all of it is evaluated"), ("--subset x", "--subset: invalid choice")]
@@ -1117,14 +1112,15 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
     no_row, no_item, row_1 = ": no usable row", ": no usable evaluation item", ", row 1 (ValueError"
     files = [  # flag, rows, what is told after the name of the file; texts are JSONL
         ("dataset", json.dumps(ADD) + '\n{"instruction": "a"}',
-         ", row 2 (ValueError: has ['instruction']; known"), ("dataset", "\n", no_row),
-        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": out of reach*line 2"),
+         ", row 2 (ValueError: has ['instruction']; *lacks {'output'}"), ("dataset", "\n", no_row),
+        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": reading it*line 2"),
         ("dataset", [], no_row), ("dataset", [1], ", row 1 ("),
         ("dataset", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], no_row),
-        ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], row_1),
-        ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; known"),
+        ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], no_row),
+        ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; for the nearest"),
         ("eval-set", [CONFLICTS[0] | dict(answer="...")], no_item),
-        ("eval-set", [dict(context="c", question="q", answer="x")], row_1),
+        ("eval-set", [CONFLICTS[0] | dict(answer="long " * 500)], no_item),
+        ("eval-set", [dict(context="c", question="q", answer="x")], row_1 + "*s {'memory_answer'}"),
         ("eval-set", [dict(prompt="p", classes="[1", answer_index=0)], ""),
         ("eval-set", [dict(messages=[])], no_item),
         ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)], row_1)]
@@ -1132,10 +1128,10 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         path = file(tmp_path / f"{i}.json{'l' * isinstance(rows, str)}", rows)
         cases.append((f"--{flag} {path}", path.name + told))
     cases.append((f"--dataset {file(tmp_path / 'd.json', '[{]')}",
-                  "d.json: out of reach*JSONDecodeError"))
+                  "d.json: reading it*JSONDecodeError"))
     for bad, message in cases:
         told = refused(capsys, run, folder, tmp_path / "run", bad).splitlines()
-        told = [line for line in told if not re.match(r"Loading weights|Writing model", line)]
+        told = [line for line in told if not re.match(r"$|Loading weights|Writing model", line)]
         assert len(told) == 1 and told[0].startswith("inversion.py: error: "), (bad, told)
         assert all(part in told[0] for part in message.split("*")), (bad, told)
         assert not list(tmp_path.glob("run*")), bad
