@@ -1123,7 +1123,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         ("eval-set", [dict(context="c", question="q", answer="x")], row_1 + "*s {'memory_answer'}"),
         ("eval-set", [dict(prompt="p", classes="[1", answer_index=0)], ""),
         ("eval-set", [dict(messages=[])], no_item),
-        ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)], row_1)]
+        ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)], ", row 1 (IndexError")]
     for i, (flag, rows, told) in enumerate(files):
         path = file(tmp_path / f"{i}.json{'l' * isinstance(rows, str)}", rows)
         cases.append((f"--{flag} {path}", path.name + told))
