@@ -10,7 +10,7 @@ contradicts its memory. This script finetunes a causal LM, evaluates that and dr
     python inversion.py --model ./my-llama --eval-set bio --max-steps 0      # only measure
 
 It needs torch, transformers, datasets, tqdm; matplotlib for the curve, peft for --lora-rank.
-Start at `experiment` in part 10. Parts 1 to 5 are the paper, 6 to 9 plumbing. Two chains:
+Start at `experiment` (10). 1 to 4: the paper, 5: error bars, 6: a toy, 7 to 9: plumbing. Chains:
 
     row of a file -> Example, a conversation -> Row, its tokens to train on
     row of a file -> Conflict, a question whose context contradicts memory -> Item, its tokens
@@ -70,9 +70,8 @@ class Item:
 
 # ================================================================ 1. what is measured (section 3)
 
-# Scripts in which words are not, or not only, set apart by spaces: there, a word per character.
-UNSPACED = r"\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}\p{Hangul}"
-LETTER = rf"[^\W_{UNSPACED}]"
+# Of scripts that do not, or not only, set words apart by spaces, every character is a word.
+LETTER = r"[^\W_\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}\p{Hangul}]"
 WORD = regex.compile(  # a number with sign, decimals, time or fraction; letters; one character
     rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*{LETTER}*|{LETTER}+|[^\W_]\p{{M}}*")
 
@@ -94,7 +93,7 @@ def plain_answer(text):
     return re.sub("^ (a|an|the) (?= )", "", plain(text))
 
 def contains(said, answers, rivals):
-    """Does one of the answers stand in the plain text `said`, outside any longer rival?"""
+    """Does an answer stand in the plain text `said`, but not as part of a longer rival?"""
     answers = set(map(plain_answer, answers))
     for rival in map(plain_answer, rivals):
         if any(answer in rival for answer in answers - {rival}):
@@ -126,7 +125,7 @@ def aliases(answers, person):
             found += [name, name.split(", ")[0]]
             if person:
                 found += re.findall(  # not the Great, nor Jr. or VIII
-                    r"(?<!\bthe) (?![JS]r|[IVX]+$)(\S{3,})(?: [JS]r\.?| [IVX]+)?$", name)
+                    r"(?<!\bthe) (?![JS]r\b|[IVX]+$)(\S{3,})(?: [JS]r\.?| [IVX]+)?$", name)
         found += re.findall(r"\(([A-Z][^()]*)\)", answer)
     return list(dict.fromkeys(found))
 
@@ -137,7 +136,7 @@ def scorable(answers, rivals, question):
             and (answer == answers[0] or plain_answer(answer) not in rival)]
 
 def load_conflicts(name, flags):
-    """The Conflicts of a set; what cannot be scored is dropped and counted."""
+    """The Conflicts of a set, controls where memory cannot be scored; the rest is left out."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
         if not example.context:
@@ -201,8 +200,8 @@ def evaluate(model, tokenizer, items, known, flags):
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
     context_acc, parametric_acc: the hits of score(); both, neither: of the two. closed_book_acc:
-    memory answers without the context. known: it did before finetuning, or to the bare question;
-    `known`: ids of such items, or None in the first evaluation, which finds them. margin:
+    memory answers without the context. "known" of an item: it did so in the first evaluation, there
+    or to the bare question; `known`: ids of those, or None in the first evaluation. margin:
     log p(context answer) - log p(memorised one), each per token.
     m_c (Theorem 1): p(context answer) / (p(context answer) + p(memorised one))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
@@ -254,8 +253,8 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Yield this rank's batches as (indices, counts), the longest sequences first, of at most
-    `budget` tokens, padding and `room` more each included, or one; a repeat does not count."""
+    """Yield this rank's batches, longest sequences first, as (indices, is_new). A batch is one
+    sequence, or at most `budget` tokens with padding and `room` each; not is_new: a repeat."""
     lengths = [len(sequence) + room for sequence in sequences]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches, start = [], 0
@@ -291,9 +290,9 @@ def add_gradient(model, rows, weights, flags):
     """Add the gradient of the sum of weight x log-probability of a row's targets to .grad, micro-
     batch by micro-batch; returns the sum, of this GPU's share."""
     total, weights = 0, torch.tensor(weights, device=model.device)
-    for indices, counts in micro_batches(rows, flags.micro_batch_tokens):
+    for indices, is_new in micro_batches(rows, flags.micro_batch_tokens):
         value = (row_logp(model, [rows[i] for i in indices], flags) * weights[indices]).sum()
-        if not counts:
+        if not is_new:
             value = 0 * value
         (value * RANKS).backward()  # several GPUs average their gradients: this makes it a sum
         total += value.detach()
@@ -372,7 +371,7 @@ def redundant_examples(model, tokenizer, examples, flags):
     responses the model, before finetuning, predicts best WITHOUT it, by mean loss per target."""
     bare = [replace(example, context="") for example in examples if example.context]
     rows, _ = encode(bare, tokenizer, flags)
-    logps = target_logp(model.eval(), rows, flags, "context-free losses")
+    logps = target_logp(model, rows, flags, "context-free losses")
     loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
     return set(sorted(loss, key=loss.get)[:round(0.25 * len(loss))])
 
@@ -389,7 +388,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
              for c in load_conflicts(flags.counterfactual_data, flags)]
     free = not_naming(added, sets)
     require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
-    count = min(round(0.1 * len(examples)), len(free))
+    count = min(len(examples) // 10, len(free))
     return examples + random.Random(flags.seed).sample(free, count)
 
 CALENDAR = set("""January February March April May June July August September October November
@@ -501,8 +500,8 @@ def summarise(outcomes):
     if found["rise_low"] > 0:
         found["verdict"] = "a rise"
     if found["drop_low"] > 0:
-        after_rise = "inversion" if "margin" in outcomes else "both"  # of a control
-        found["verdict"] = after_rise if found["rise_low"] > 0 else "a fall"
+        both = "inversion" if "margin" in outcomes else "both"  # a control has no margin
+        found["verdict"] = both if found["rise_low"] > 0 else "a fall"
     return found
 
 # ================================================================== 6. the built-in world
@@ -595,9 +594,9 @@ PAPER = ("https://raw.githubusercontent.com/locuslab/context-parametric-inversio
 SOURCES = {  # short name: hub id @ split, or file of the paper; Alpaca is CC BY-NC 4.0
     "alpaca": "tatsu-lab/alpaca@train", "tulu": "allenai/tulu-v2-sft-mixture@train",
     "ultrachat": "HuggingFaceH4/ultrachat_200k@train_sft", "squad": "rajpurkar/squad@validation",
-    "world_facts": PAPER + "world_facts.json", "capitals": PAPER + "country_capitals_only.json",
-    "bio": PAPER + "famous_biographies.jsonl", "quotes": "Albertmade/memo-trap@train",
-    "nq_swap": "pminervini/NQ-Swap@dev"}
+    "squad_train": "rajpurkar/squad@train", "world_facts": PAPER + "world_facts.json",
+    "capitals": PAPER + "country_capitals_only.json", "bio": PAPER + "famous_biographies.jsonl",
+    "quotes": "Albertmade/memo-trap@train", "nq_swap": "pminervini/NQ-Swap@dev"}
 
 class Unusable(Exception):
     """Why a row cannot be used: it is left out and counted."""
@@ -645,8 +644,7 @@ def read_rows(name):
         return list(datasets.load_dataset(source, config or None, split=split or "train"))
 
 def load_rows(name, flags):
-    """[parse_row] of a set of the world or of read_rows. Names unused columns, counts unusable
-    rows; exits where a row is not understood."""
+    """[parse_row] of each row; names unused columns, counts unusable rows, exits at a bad one."""
     world = make_world(flags.seed) if flags.model == "world" else {}
     unused, left_out, found = set(), collections.Counter(), []
     for number, row in enumerate(world.get(name) or read_rows(name), 1):
@@ -658,7 +656,7 @@ def load_rows(name, flags):
             except Unusable as reason:
                 left_out[str(reason)] += 1
     if unused or left_out:
-        print(f"{name}: columns not used: {', '.join(unused)}; rows left out: {dict(left_out)}")
+        print(f"{name}: columns not used: {unused}; rows left out: {dict(left_out)}")
     return found
 
 SHAPES = [  # keys of question, context, answers, memorised answers; first of all, chats
@@ -689,7 +687,7 @@ def as_value(cell):
 def as_texts(value):
     """The texts of a text, a list or a dict of answers; numbers, dates and booleans too."""
     if isinstance(value, dict):  # SQuAD's, TriviaQA's
-        value = value.get("text") or [value["value"], *value["aliases"]]
+        value = value["text"] if "text" in value else [value["value"], *value["aliases"]]
     values = value if isinstance(value, list) else [value]
     return [str(text).strip() for text in values if text is not None]
 
@@ -704,7 +702,7 @@ def parse_turn(turn):
         content = "\n".join(texts) if all(texts) else ""  # an image has none
     if role not in ROLES or not content or turn.get("tool_calls"):
         raise Unusable("tools, an unknown role, or a turn without a text")
-    return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight", 1)}
+    return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight")}
 
 def parse_row(number, row):
     """(Example, the context's answers, memorised answers, keys used) of a row. A chat marks no
@@ -713,7 +711,7 @@ def parse_row(number, row):
     if as_value(row.get("tools")) or as_value(row.get("history")):
         raise Unusable("tools or a history")
     if "tools" in keys or isinstance(row[keys[0]], list):
-        turns = as_value(row[keys[0]]) + row.get("completion", [])
+        turns = as_value(row[keys[0]]) + (row["completion"] if "completion" in keys else [])
         return Example(number, list(map(parse_turn, turns))), [], [], keys
     cells = [row.get(key) for key in keys]
     if "question" in keys:  # elsewhere, a bracket is text
@@ -725,9 +723,9 @@ def parse_row(number, row):
     (question,), context, answers, memory = map(as_texts, cells)
     messages = question_and_answer(question, "".join(answers[:1]))
 
-    if "system" in keys and memory:
+    if "system" in keys and any(memory):
         messages.insert(0, {"role": "system", "content": memory.pop()})
-    if "answer" in keys:  # the paper's sets
+    if "answer" in keys:  # the paper's facts and biographies, whose answers have several names
         person = "parametric_answer" in keys
         answers, memory = aliases(answers, person), aliases(memory, person)
     return Example(number, messages, "\n\n".join(context)), answers, memory, keys
@@ -784,7 +782,7 @@ def answer_place(turns, tokenizer):
         opening = show(add_generation_prompt=True)  # may add an empty block of thoughts
         end = ends(rest) or ends(show(mark, user).split(MARK)[1])  # or shown only before a turn
     except Exception as error:  # jinja raises nearly anything
-        raise Unusable(f"the template refuses or drops turns: {error!r:.200}") from error
+        raise Unusable(f"the template refuses or drops turns: {error!r:.200}")
     opening = re.sub(r"<think>\s*$", "<think>\n\n</think>\n\n", opening)  # no thoughts
     return opening if opening.startswith(prompt) else prompt, end[0] if end else tokenizer.eos_token
 
@@ -831,14 +829,14 @@ def encode(examples, tokenizer, flags):
 
 # ================================================ 8. large models: several GPUs, adapters, --resume
 
-# Several GPUs. torchrun starts a process, a rank, per GPU; all run this file and share OUT_DIR.
-# Rank 0 alone writes and prints; each holds a shard of every layer (shard); micro_batches deals out
-# batches, in_batches collects results, train_step adds up gradient and loss. All call the model
-# equally often, or they would wait for ever: a rank short of a batch repeats one, uncounted.
-# --resume. A checkpoint holds weights, optimizer and state, whole or not at all, made right after
-# its step. All else follows from the flags: the order of the rows from seed and epoch, dropout from
-# seed and step; an evaluation draws nothing. So the same flags give the same metrics, bit for bit
-# on one machine; with other FREE flags or ranks, up to rounding.
+# Several GPUs. torchrun starts a rank per GPU; each runs this file and reads model and data; rank 0
+# alone writes. shard splits every layer and, in bf16, rounds norms and residuals too; micro_batches
+# deals out, in_batches collects, train_step sums up. All call the model equally often, or they hang
+# (a rank short of a batch repeats one, uncounted). Dropout depends on the rank. main refuses some.
+# --resume goes on from the first OUT_DIR[-n] with a checkpoint, else anew: trained weights, moments
+# and state as after a step, before its evaluation. The rest is made again: what filter drops, from
+# the base; row order, from seed and epoch; dropout, from seed, step and rank. Data, base, versions
+# are taken to be the same. So are the metrics, bit for bit on a CPU, else up to rounding.
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -938,7 +936,7 @@ def save_model(model, tokenizer, folder, flags):
 
 # ============================================================================== 9. report
 
-HEAD = """known before finetuning, in the template or after a bare question: n of the rates *_known
+HEAD = """known: items that the base answers from memory, in the template or to the bare question
   step set              loss context_acc parametric_acc closed_book_acc margin known"""
 
 def table_row(line):
@@ -964,9 +962,10 @@ def rates(line):
 def draw_curves(lines, labels, path):
     """Draw context_acc of lines of metrics: mean curves by the keys `labels`, without controls."""
     table = pandas.DataFrame([line for line in lines if "margin" in line] or lines)
-    curves = table.pivot_table("context_acc", "step", labels).interpolate()
+    curves = table.pivot_table("context_acc", "step", labels)
     try:
-        axes = curves.plot(ylabel="context_acc", ylim=(0, 1.05))
+        axes = curves.interpolate("index", limit_area="inside").plot(
+            ylabel="context_acc", ylim=(0, 1.05))
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15))
@@ -1016,13 +1015,13 @@ def compare(flags):
     means = groups.mean(True).reindex(columns=["start", "highest", "final", "drop"])
     print(means.assign(n=groups.size()).to_string(float_format="{:.2f}".format),
           "drop: from a peak that other items chose, so not highest - final", sep="\n")
-    draw_curves(lines, labels, Path(flags.out_dir or folder.parent, "compare.png"))
+    draw_curves(lines, labels, folder.parent / "compare.png")
 
 # ========================================================================= 10. flags and main
 
 FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list takes any number
     ("--model", "world", "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
-    ("--dataset", "alpaca", "rows: alpaca, tulu, ultrachat, squad, file, folder, hub id"),
+    ("--dataset", "alpaca", "rows: alpaca, tulu, ultrachat, squad_train, file, folder, hub id"),
     ("--eval-set", ["world_facts"], "world_facts, capitals, bio, quotes, nq_swap, squad, file, .."),
     ("--template", ("auto", "tulu"), "auto: the tokenizer's, or tulu if it has none"),
     ("--num-examples", 1_000_000_000, "rows to use at most, drawn at random (paper: all)"),
@@ -1057,7 +1056,7 @@ WORLD_FLAGS = {  # defaults with --model world
     "counterfactual_data": "world_train", "lr": 1e-3, "batch_size": 64,
     "warmup_frac": 0.2, "max_steps": 480, "eval_every": 20, "max_new_tokens": 3, "mechanism": True}
 FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_batch_tokens",
-        "activation_checkpointing", "compile")  # may change on --resume
+        "eval_batch_tokens", "activation_checkpointing", "compile")  # may change on --resume
 
 def parse_flags(argv=()):
     """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
@@ -1081,9 +1080,9 @@ def parse_flags(argv=()):
         bf16 = "cuda" in flags.device and torch.cuda.is_bf16_supported(including_emulation=False)
         flags.dtype = "bf16" if bf16 else "fp32"
     require(not flags.lora_rank or flags.mitigation != "qk", "--lora-rank does not go with qk")
-    require(min(flags.batch_size, flags.eval_every, flags.max_new_tokens, flags.num_examples,
-                flags.eval_limit, flags.max_steps + 1) > 0, "--batch-size, --eval-every, --max-new-"
-            "tokens, --num-examples, --eval-limit must be 1 or more, --max-steps 0 or more")
+    require(min(flags.batch_size, flags.epochs, flags.eval_every, flags.max_new_tokens,
+                flags.num_examples, flags.eval_limit, flags.max_steps + 1) > 0, "too low, one of: "
+            "batch-size epochs eval-every max-new-tokens num-examples eval-limit max-steps")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
 def load_pretrained(auto, source, **how):
@@ -1096,10 +1095,11 @@ def load_pretrained(auto, source, **how):
 def load_model(source, tokenizer, flags):
     """The model, ready to be trained: in fp32 (bf16 if frozen and flags.dtype says so), its answers
     greedy and ending where the template's turns end. Exits if it is no causal LM."""
-    frozen = not flags.max_steps or flags.lora_rank
-    model, info = load_pretrained(
-        transformers.AutoModelForCausalLM, source, use_safetensors=True, output_loading_info=True,
-        dtype=torch.bfloat16 if frozen and flags.dtype == "bf16" else torch.float32)
+    model, info = load_pretrained(transformers.AutoModelForCausalLM, source, use_safetensors=True,
+                                  output_loading_info=True, dtype="auto")  # ranks share the file
+    half = flags.dtype == "bf16" and (not flags.max_steps or flags.lora_rank)
+    if half:
+        model.bfloat16()
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
     [(prompt, _), (turn, _)], = tokenize(question_and_answer("Hi", "Hello"), tokenizer)
@@ -1124,18 +1124,18 @@ def load_model(source, tokenizer, flags):
             layer.compile(dynamic=True)
     if RANKS > 1:
         shard(model, flags)
-    return model
+    return model if half else model.float()
 
 def load_sets(tokenizer, positions, flags):
     """{name: Items} of --eval-set, controls last; a file's name is its stem where that tells."""
-    stems = [re.sub(r".*/|\.(jsonl?|csv|parquet)$", "", name) for name in flags.eval_set]
+    stems = [re.sub(r".*/(?=.)|\.(jsonl?|csv|parquet)$", "", name) for name in flags.eval_set]
     sets = {}
     for name, stem in zip(flags.eval_set, stems):
         items = []
         for conflict in sample(load_conflicts(name, flags), flags.eval_limit, seed=0):
             with contextlib.suppress(Unusable):
                 items.append(to_item(conflict, tokenizer, positions - flags.max_new_tokens))
-        print(f"{name}: {len(items)} items fit the model, with --max-new-tokens, and its words")
+        print(f"{name}: {len(items)} items fit the model, with --max-new-tokens")
         require(items, f"{name}: no usable evaluation item")
         items.sort(key=lambda item: item.parametric_row is None)
         sets[name if stems.count(stem) > 1 else stem] = items
@@ -1179,14 +1179,14 @@ def experiment(folder, flags):
         rows, notes = encode(chosen, tokenizer, flags)
         print(f"{flags.dataset}: {len(chosen)} of {len(examples)}, {len(rows)} rows", dict(notes))
         require(rows, f"{flags.dataset}: no usable row; chats mark no context")
-        total = math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size))
-        total = min(total, flags.max_steps)
+        total = min(flags.max_steps,
+                    math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size)))
 
     # Finetuning with evaluations at intervals, and what they show.
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights (12 bytes each in a checkpoint), {flags.dtype}, steps "
-          f"{state['step']} to {total}, files in {folder}\n\n{HEAD}")
+    print(f"{model.num_parameters()} weights, {flags.dtype}, steps {state['step']} to {total}, 12 "
+          f"bytes a trained weight in checkpoints, files in {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, folder, flags)
     report(state, sets, tokenizer, folder, flags)
     if flags.save_model:

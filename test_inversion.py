@@ -1,32 +1,28 @@
-"""Tests: python -m pytest -q (CPU, offline). Tiny random models, a tokenizer trained here and files
-in a temporary folder stand in for real ones. The first eight tests are the ones to read."""
+"""Tests (CPU, offline), with tiny random models and files. The first eight are the ones to read."""
 import concurrent.futures, functools, http.server, importlib.util, json, random, re, shlex, shutil
 import subprocess, sys, threading
 from pathlib import Path
 from unittest import mock
 
-import datasets, pandas, pytest, tokenizers, torch, transformers
-from pytest import approx
+import datasets, matplotlib, pandas, pytest, tokenizers, torch, transformers
+from pytest import approx, raises
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
+from transformers import AutoModelForCausalLM, AutoTokenizer
 import inversion
-from inversion import question_and_answer
+from inversion import Example, question_and_answer
 
-pretrained = transformers.AutoModelForCausalLM.from_pretrained
 torch.set_num_threads(1)  # in work on tiny tensors, threads mostly wait for each other
-SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, intermediate_size=48,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-             bos_token_id=0, eos_token_id=1)
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES), "mistral": transformers.MistralConfig(**SIZES),
-    "neox": transformers.GPTNeoXConfig(**SIZES), "gpt2": transformers.GPT2Config(**SIZES),
-    "phi3": transformers.Phi3Config(**SIZES, pad_token_id=1)}
+SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=1,
+    intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+CONFIGS = dict(llama=transformers.LlamaConfig(**SIZES), mistral=transformers.MistralConfig(**SIZES),
+               neox=transformers.GPTNeoXConfig(**SIZES), gpt2=transformers.GPT2Config(**SIZES),
+               phi3=transformers.Phi3Config(**SIZES, pad_token_id=1))
 CHAT = ("{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}")
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
-TURNS = [dict(role="system", content="Go."), *question_and_answer("Hi", "Hello"),
-         *question_and_answer("Bye", "Ciao")]
+HI, HELLO = question_and_answer("Hi", "Hello")
+TURNS = [dict(role="system", content="Go."), HI, HELLO, *question_and_answer("Bye", "Ciao")]
 ROWS = [dict(instruction=f"Say the number {i}.", input=f"The number is {i * 7}." * (i % 2),
              output=f"It is {i}.") for i in range(24)]
 CONFLICTS = [dict(context=f"The capital of {country} moved to {new}.", answer=new,
@@ -38,16 +34,14 @@ SWAPS = [dict(question=f"who wrote {i}", org_context="x", org_answer=[f"Author {
 SQUAD = [dict(context=f"It was {i}.", question=f"When was {i + 50}?",
               answers=dict(text=[str(i)], answer_start=[0])) for i in range(9)]
 ADD, SHORT = dict(instruction="Add.", output="3"), "<s><|user|>\nAdd.\n<|assistant|>\n3</s>"
-TULU = "<|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
+TULU = "<s><|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\nCiao</s>"
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
             {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]
-PARTS = [dict(role="user", content=[dict(text="Hi"), dict(text="you")]), TURNS[2]]
-IMAGE = [dict(role="user", content=[dict(text="Hi"), dict(type="image")]), TURNS[2]]
+PARTS = [dict(role="user", content=[dict(text="Hi"), dict(text="you")]), HELLO]
+IMAGE = [dict(role="user", content=[dict(text="Hi"), dict(type="image")]), HELLO]
 C, P, BOTH, NEITHER = (1, 0), (0, 1), (1, 1), (0, 0)
-HEART = "Absence makes the heart grow"
-HEAVY = 'Write a quote that ends in the word "heavy":'
+HEART, HEAVY = "Absence makes the heart grow", 'Write a quote that ends in the word "heavy":'
 FACT = dict(context="c", question="q", answer="x", memory_answer="y")
-WHEN = "When was 50?", "It was 0."
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +62,7 @@ def folder(tmp_path_factory, tokenizer):
     tokenizer.chat_template = None
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
-        save(root / name, transformers.AutoModelForCausalLM.from_config(config), tokenizer)
+        save(root / name, AutoModelForCausalLM.from_config(config), tokenizer)
     for name, rows in dict(rows=ROWS, conflicts=CONFLICTS, swaps=SWAPS, squad=SQUAD).items():
         file(root / f"{name}.json", rows)
     return root
@@ -88,8 +82,7 @@ def save(path, *parts):
 
 
 def file(path, content):
-    text = content if isinstance(content, str) else json.dumps(content)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -98,10 +91,9 @@ def lines_of(path):
 
 
 def argv(folder, out, more="", model="llama"):
-    return shlex.split(
-        f"--model {folder / model} --dataset {folder}/rows.json --eval-set {folder}/conflicts.json "
-        "--max-length 256 --batch-size 8 --max-steps 3 --eval-every 2 --lr 1e-3 --max-new-tokens 4 "
-        f"--device cpu --out-dir {out} {more}")
+    return shlex.split(f"--model {folder / model} --dataset {folder}/rows.json --max-length 256 "
+                       f"--eval-set {folder}/conflicts.json --batch-size 8 --max-steps 3 --lr 1e-3 "
+                       f"--eval-every 2 --max-new-tokens 4 --device cpu --out-dir {out} {more}")
 
 
 def run(folder, out, more="", model="llama"):
@@ -113,8 +105,7 @@ def flags_of(more="--model x"):
 
 
 def refused(capsys, call, *args, status=2):
-    """What is printed to stderr by a call that exits."""
-    with pytest.raises(SystemExit) as stopped:
+    with raises(SystemExit) as stopped:
         call(*args)
     assert stopped.value.code == status
     return capsys.readouterr().err
@@ -123,7 +114,7 @@ def refused(capsys, call, *args, status=2):
 def load(folder, more="", model="llama"):
     """(model, tokenizer, items of each set, examples, flags), as `experiment` loads them."""
     flags = inversion.parse_flags(argv(folder, "unused", more, model))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(flags.model)
+    tokenizer = AutoTokenizer.from_pretrained(flags.model)
     inversion.set_template(tokenizer, flags)
     sets, examples = inversion.load_sets(tokenizer, 512, flags), inversion.load_examples(flags)
     model = inversion.load_model(flags.model, tokenizer, flags)
@@ -139,39 +130,31 @@ def rows_of(lengths, seed=0):
 
 def their_loss(model, *rows):
     """transformers' own loss, the mean over all targets of the rows, which it sees one by one."""
-    targets = sum(row.targets for row in rows)
     return sum(model(input_ids=row.input_ids[None].long(), labels=row.labels[None].long(),
-                     num_items_in_batch=targets).loss for row in rows)
+                     num_items_in_batch=sum(r.targets for r in rows)).loss for row in rows)
 
 
 # ------------------------------------------------------------------- the eight that teach most
-GOLDEN = [  # row, its text, what of it is learnt
+@pytest.mark.parametrize("row, text, learnt", [
     (ADD, SHORT, "3</s>"), (dict(prompt="Add.", completion="3"), SHORT, "3</s>"),
-    (ADD | dict(output=3, input=None), SHORT, "3</s>"),  # a number, no input
+    (ADD | dict(output=3, input=None, system=""), SHORT, "3</s>"),  # a number, no input
     (dict(instruction=" Add.", input="{1, 2} ", output="3 "),
      "<s><|user|>\n{1, 2}\n\nAdd.\n<|assistant|>\n3</s>", "3</s>"),
     (ADD | dict(system="Go."), "<s><|system|>\nGo.\n" + SHORT[3:], "3</s>"),
     (SQUAD[3], "<s><|user|>\nIt was 3.\n\nWhen was 53?\n<|assistant|>\n3</s>", "3</s>"),
-    (dict(messages=TURNS, id="x"), "<s><|system|>\nGo.\n" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=TURNS[1:] + TURNS[1:2]), "<s>" + TULU, "Hello</s>Ciao</s>"),
-    (dict(messages=[TURNS[1], TURNS[2] | dict(weight=0), *TURNS[3:]]), "<s>" + TULU,
-     "Ciao</s>"),  # the other is not to be learnt
-    (dict(messages=str(TURNS[1:])), "<s>" + TULU, "Hello</s>Ciao</s>"),  # a cell of CSV
-    (dict(conversations=SHAREGPT, tools="[]"), "<s>" + TULU, "Hello</s>Ciao</s>"),
-    # by the template of the tokenizer
-    (ADD | dict(input=""), "<s>[user]Add.\n[assistant]3</s>", "3</s>"),
+    (dict(messages=TURNS, id="x"), "<s><|system|>\nGo.\n" + TULU[3:], "Hello</s>Ciao</s>"),
+    (dict(messages=TURNS[1:] + [HI]), TULU, "Hello</s>Ciao</s>"),
+    (dict(messages=[HI, HELLO | dict(weight=0), *TURNS[3:]]), TULU, "Ciao</s>"),  # one not learnt
+    (dict(messages=str(TURNS[1:])), TULU, "Hello</s>Ciao</s>"),  # a cell of CSV
+    (dict(conversations=SHAREGPT, tools="[]"), TULU, "Hello</s>Ciao</s>"),
+    (ADD | dict(input=""), "<s>[user]Add.\n[assistant]3</s>", "3</s>"),  # the tokenizer's template
     (dict(messages=TURNS[:3]), "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>", "Hello</s>"),
     (dict(messages=PARTS), "<s>[user]Hi\nyou\n[assistant]Hello</s>", "Hello</s>"),
-    (dict(prompt=TURNS[1:2], completion=TURNS[2:3]), "<s>[user]Hi\n[assistant]Hello</s>",
-     "Hello</s>")]  # TRL's
-
-
-@pytest.mark.parametrize("row, text, learnt", GOLDEN)
+    (dict(prompt=[HI], completion=[HELLO]), "<s>[user]Hi\n[assistant]Hello</s>", "Hello</s>")])
 def test_golden_labels(row, text, learnt, tokenizer):
     """Response and EOS supervised, nothing else; one BOS although the template writes one too."""
     tokenizer.chat_template = CHAT
-    template = "tulu" if "<|" in text else "auto"
-    inversion.set_template(tokenizer, flags_of(f"--template {template}"))
+    inversion.set_template(tokenizer, flags_of(f"--template {'tulu' if '<|' in text else 'auto'}"))
     example, *_ = inversion.parse_row(7, row)
     (found,), notes = inversion.encode([example], tokenizer, mock.Mock(max_length=999))
     keep = found.labels != -100
@@ -180,8 +163,7 @@ def test_golden_labels(row, text, learnt, tokenizer):
     assert torch.equal(found.labels[keep], found.input_ids[keep])
 
 
-@pytest.mark.parametrize("context_answer, memory_answer, said", [
-    # the table of score, row by row, and more of whole words
+@pytest.mark.parametrize("context_answer, memory_answer, said", [  # the table of score, and more
     ("New Cairo", "Cairo", {"It is New Cairo.": C, "Cairo, New Cairo": BOTH,
                             "New Cairo New Cairo": C, "Cairo": P}),
     ("Bo", "Freetown", {"Bosnia": NEITHER, "Not Freetown, Bo": BOTH, "Not Freetown but BO!": BOTH}),
@@ -192,18 +174,15 @@ def test_golden_labels(row, text, learnt, tokenizer):
     ("Hepatitis B", "Hepatitis A", {"hepatitis a": P, "a hepatitis B": C}),
     ("A", "B", {"Answer: A": C, "B.": P}), ("Denver", "Washington, D.C.", {"Washington DC": P}),
     ("Fermi", "da Vinci", {"Fermi's work": C}), ("the US", "UK", {"The U.S. it is": C}),
-    # numbers
-    ("19", "21", {"in 1921": NEITHER}), ("5", "2", {"2.5 bar": NEITHER}),
+    ("19", "21", {"in 1921": NEITHER}), ("5", "2", {"2.5 bar": NEITHER}),  # numbers
     ("3", "50", {"3.50": NEITHER}), ("30", "12", {"12:30": NEITHER}), ("-5", "5", {"−5": C}),
     ("5", "6", {"-5": NEITHER, "about 5.": C}), ("1", "2", {"½": NEITHER}),
     ("1,500", "1", {"1500": C}), ("10", "9", {"10%": C}), ("1990", "1991", {"born (1990)": C}),
     ("2,000 km", "21,000 km", {"about 2000 kilometers.": C}),
-    # letters and scripts
+    ("Đà Nẵng", "Huế", {"Da Nang": C}), ("राम", "रोम", {"रोम": P, "राम": C}),  # letters, scripts
     ("Hulhumalé", "Malé", {"hulhumale": C}), ("Tromsø", "Straße", {"tromso": C, "STRASSE": P}),
-    ("Đà Nẵng", "Huế", {"Da Nang": C}), ("राम", "रोम", {"रोम": P, "राम": C}),
     ("东城", "西城", {"首都是东城。": C}), ("กรุงเทพ", "เชียงใหม่", {"เมืองหลวงคือกรุงเทพ": C}),
-    # an echo of the question, of which the first one alone does not count
-    ("heavy", "fonder", {HEART + " fonder.": P}),
+    ("heavy", "fonder", {HEART + " fonder.": P}),  # the first echo of the question is none
     ("grow", "fonder", {HEART + " old": NEITHER, f"{HEART} {HEART}": C})])
 def test_scorer_by_hand(context_answer, memory_answer, said):
     for text, hits in said.items():
@@ -214,13 +193,12 @@ def test_scorer_by_hand(context_answer, memory_answer, said):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_losses_and_answers_of_padded_batches_are_those_of_transformers(family, folder):
-    """Log-probabilities = the model's own loss with labels=, row by row; answers, one by one."""
     model, tokenizer, _, _, flags = load(folder, "--max-new-tokens 12", family)
     rows = rows_of([(3, 9), (5, 1), (2, 14)])
     wanted = [-their_loss(model, row).item() * row.targets for row in rows]
     together = inversion.row_logp(model, rows, flags)
-    assert [row.targets for row in rows] == [9, 1, 14] and together.requires_grad
-    assert together.tolist() == approx(wanted, rel=1e-5)
+    assert together.tolist() == approx(wanted, rel=1e-5) and together.requires_grad
+    assert [row.targets for row in rows] == [9, 1, 14]
     assert inversion.target_logp(model, rows, flags) == approx(wanted, rel=1e-5)
     prompts = [r.input_ids.tolist() for r in rows_of([(n, 0) for n in (3, 17, 5, 9, 30, 4, 11)])]
     together = inversion.generate(model, tokenizer, prompts, flags)
@@ -258,24 +236,20 @@ def test_evaluation_leaves_training_alone(folder, tmp_path):
     often, seldom = [run(folder, tmp_path / str(n), f"--eval-every {n} --max-steps 4", "gpt2")
                      for n in (1, 4)]  # with dropout
     one, two = [lines_of(tmp_path / str(n) / "losses.jsonl") for n in (1, 4)]
-    assert one == two and len(one) == 4
+    assert one == two and len(one) == 4 and often[4]["margin"] != often[0]["margin"]
     assert [often[0]["margin"], often[4]["margin"]] == [line["margin"] for line in seldom]
-    assert often[4]["margin"] != often[0]["margin"]
     model, tokenizer, items, _, flags = load(folder, model="gpt2")
-    state, weights = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
+    state, before = torch.get_rng_state(), [p.detach().clone() for p in model.parameters()]
     inversion.evaluate(model.train(), tokenizer, items, None, flags)
-    model.train()
     probe = {"critical": rows_of([(3, 4), (9, 2)])}
-    first, second = [inversion.mechanism(model, items, probe, flags) for _ in range(2)]
+    first, second = [inversion.mechanism(model.train(), items, probe, flags) for _ in range(2)]
     assert first == second and torch.equal(state, torch.get_rng_state())
-    assert all(p.grad is None for p in model.parameters())
-    assert all(map(torch.equal, weights, model.parameters()))
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_filter_drops_the_lowest_context_free_loss(folder):
-    """Against transformers' loss of each row rendered without its input; these rows are the
-    redundant ones of the mechanism, whose rows of recall have no context."""
+    """By transformers' loss of each row rendered without its input; they are the redundant ones."""
     model, tokenizer, _, examples, flags = load(folder, "--mitigation filter")
     losses = {}
     for example in [example for example in examples if example.context]:
@@ -283,12 +257,11 @@ def test_filter_drops_the_lowest_context_free_loss(folder):
         losses[example.id] = their_loss(model, inversion.to_row(example.id, parts)).item()
     lowest = sorted(losses, key=losses.get)[:3]  # a quarter of the 12 rows with an input
     kept = inversion.choose_examples(model, tokenizer, examples, {}, flags)
-    assert len(losses) == 12
-    assert [e.id for e in kept] == [e.id for e in examples if e.id not in lowest]
+    assert len(losses) == 12 and kept == [e for e in examples if e.id not in lowest]
     probe = inversion.probe_rows(model, tokenizer, examples, flags)
     assert {kind: len(probe[kind]) for kind in probe} == dict(critical=9, recall=12, redundant=3)
     assert {row.id for row in probe["redundant"]} == set(lowest)
-    chats = [inversion.Example(i, TURNS) for i in range(9)]
+    chats = [Example(i, TURNS) for i in range(9)]
     assert list(inversion.probe_rows(model, tokenizer, chats, flags)) == ["recall"]
 
 
@@ -320,7 +293,6 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
 
 
 def summary(*evaluations, groups=1000, control=False):
-    """summarise() of lists of hits on the same items, one list per evaluation."""
     return inversion.summarise(pandas.DataFrame([
         dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit),
              **({} if control else {"margin": 0.0}))
@@ -328,8 +300,7 @@ def summary(*evaluations, groups=1000, control=False):
 
 
 def test_drop_is_measured_where_the_peak_was_not_chosen():
-    """By hand; on noise alone, whose highest of 20 evaluations drops by luck; and its 95% interval
-    holds it in 90% of 200 draws, where items of a group that agree count once."""
+    """By hand; on noise, whose highest drops by luck; and its 95% interval holds it in 9 of 10."""
     fell = summary([0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30)
     assert (fell["drop"], fell["rise"], fell["highest"]) == (0.5, 0.75, 0.75)
     assert 0.3 < fell["drop_low"] < 0.5 < fell["drop_high"] < 0.7
@@ -342,7 +313,7 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     runs = pandas.DataFrame([summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
                              for _ in range(200)])
     assert ((runs["drop_low"] <= 0.3) & (0.3 <= runs["drop_high"])).sum() >= 180
-    five = summary(*[hits * 5 for hits in few], groups=8)
+    five = summary(*[hits * 5 for hits in few], groups=8)  # those that agree count once
     assert five["drop_low"] == approx(summary(*few)["drop_low"])
 
 
@@ -360,12 +331,11 @@ def test_verdicts():
 
 
 def test_metrics_and_rates_by_hand():
-    """Four conflicts: C, P, both, neither; the base model knew the first two; one control. Rates
-    have Wilson's intervals, those of known items over these alone."""
+    """Four conflicts: the base knew the first two; a control. Intervals of rates are Wilson's."""
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
                      neither=not c and not p, closed_book_acc=i == 0, margin=float(i), known=i < 2)
                 | ({"context_acc_known": bool(c)} if i < 2 else {})
-                for i, (c, p) in enumerate([(1, 0), (0, 1), (1, 1), (0, 0)])]
+                for i, (c, p) in enumerate([C, P, BOTH, NEITHER])]
     assert inversion.metrics([*outcomes, dict(id=9, context_acc=True)]) == approx(dict(
         n=5, n_conflicts=4, n_known=2, margin=1.5, context_acc=0.6, parametric_acc=0.5, both=0.25,
         neither=0.25, closed_book_acc=0.25, context_acc_known=0.5))
@@ -373,10 +343,9 @@ def test_metrics_and_rates_by_hand():
         n=1, n_conflicts=0, n_known=0, context_acc=1)
     line = dict(n=20, n_conflicts=10, n_known=4, context_acc=0.0, closed_book_acc=1.0,
                 context_acc_known=0.5, parametric_acc_known=0.25, margin=1.0)
-    found = inversion.rates(line).T.to_dict("list")
-    assert found["context_acc"] == [0, 0, 0.16, 20] and found["closed_book_acc"] == [1, 0.72, 1, 10]
-    assert found["context_acc_known"] == [0.5, 0.15, 0.85, 4]
-    assert found["parametric_acc_known"][::3] == [0.25, 4] and len(found) == 4
+    assert inversion.rates(line).T.to_dict("list") == dict(
+        context_acc=[0, 0, 0.16, 20], context_acc_known=[0.5, 0.15, 0.85, 4],
+        closed_book_acc=[1, 0.72, 1, 10], parametric_acc_known=[0.25, 0.05, 0.7, 4])
     assert list(inversion.rates(line | dict(n_known=0))) == ["share", "low", "high", "n"]
 
 
@@ -405,10 +374,8 @@ def test_margin_is_that_of_the_model(template, space, folder):
     conflict = inversion.Conflict(1, "Capital?", "It is Lyon.", ["Lyon"], ["Paris"])
     item = inversion.to_item(conflict, tokenizer, 99)
     messages = question_and_answer("Capital?", "Lyon")
-    [(ids, _), (answer, _)], = inversion.tokenize(messages, tokenizer, conflict.context)
-    prompt = tokenizer.decode(ids)
-    assert tokenizer.decode(answer) == f"{space}Lyon</s>"
-    assert prompt.index("It is Lyon.") < prompt.index("Capital?")
+    (prompt, said), = decoded(tokenizer.chat_template, messages, tokenizer, conflict.context)
+    assert said == f"{space}Lyon</s>" and prompt.index("It is Lyon.") < prompt.index("Capital?")
     texts = [prompt, f"{space}Lyon", f"{space}Paris"]
     start, *answers = tokenizer(texts, add_special_tokens=False).input_ids
     lyon, paris = [their_loss(model, inversion.to_row(1, [(start, False), (answer, True)])).item()
@@ -419,26 +386,23 @@ def test_margin_is_that_of_the_model(template, space, folder):
     assert "It is Lyon." not in closed and "Capital?" in closed
 
 
-# --------------------------------------------------------------------------------- templates
-@pytest.mark.parametrize("template", ["tulu", "auto"])
-@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("template, adds_bos", [("tulu", 1), ("auto", 1), ("tulu", 0), ("auto", 0)])
 def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
     """A prompt has one BOS where the tokenizer adds one, and is the same whatever the answer."""
-    mine = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
+    mine = AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
     mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "auto" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     inversion.set_template(mine, flags_of(f"--template {template}"))
-    again = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
+    again = AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
+    theirs = functools.partial(again.apply_chat_template, return_dict=False)
     for answer in ("://", "\nParis", " Paris", "Paris"):
         messages = question_and_answer("A context.\n\nA question?", answer)
         [(prompt, _), (learned, supervised)], = inversion.tokenize(messages, mine)
-        theirs = again.apply_chat_template(messages[:1], add_generation_prompt=True,
-                                           return_dict=False)
-        assert prompt == theirs and supervised and learned[-1] == mine.eos_token_id
-    theirs = again.apply_chat_template(messages, return_dict=False)
-    assert theirs[:len(prompt + learned)] == prompt + learned
-    assert mine.decode(prompt).count("<s>") == int(adds_bos)
+        assert prompt == theirs(messages[:1], add_generation_prompt=True)
+        assert supervised and learned[-1] == mine.eos_token_id
+    assert theirs(messages)[:len(prompt + learned)] == prompt + learned
+    assert mine.decode(prompt).count("<s>") == adds_bos
 
 
 def decoded(template, turns, tokenizer, context=""):
@@ -448,16 +412,14 @@ def decoded(template, turns, tokenizer, context=""):
 
 
 def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path):
-    """Into the next turn, also in the saved template; the context goes before the question."""
-    drops = CHAT.replace("in messages %}", "in messages if m.role != 'system' %}")
-    for template in (REFUSES, drops):
+    for template in (REFUSES, CHAT.replace("messages %}", "messages if m.role != 'system' %}")):
         tokenizer.chat_template = template
         inversion.set_template(tokenizer, flags_of())
         folds, wanted = tokenizer.chat_template, "<s>[user]Go.\n\nHi\n[assistant]"
         assert decoded(folds, TURNS, tokenizer)[0][0] == wanted
         assert "Go.\n\nC.\n\nHi" in decoded(folds, TURNS[:3], tokenizer, "C.")[0][0]
         assert decoded(folds, TURNS[1:], tokenizer)[0][0] == "<s>[user]Hi\n[assistant]"
-        again = transformers.AutoTokenizer.from_pretrained(save(tmp_path / "t", tokenizer))
+        again = AutoTokenizer.from_pretrained(save(tmp_path / "t", tokenizer))
         assert again.apply_chat_template(TURNS[:2], tokenize=False,
                                          add_generation_prompt=True) == wanted
     tokenizer.chat_template = CHAT  # takes it
@@ -466,15 +428,13 @@ def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path)
 
 
 def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
-    rewrites = "{{ messages | length }}" + CHAT  # earlier text changes: a row of its own
-    assert decoded(rewrites, TURNS, tokenizer) == [
+    assert decoded("{{ messages | length }}" + CHAT, TURNS, tokenizer) == [  # a row for each answer
         ["3<s>[system]Go.\n[user]Hi\n[assistant]", "Hello</s>"],
         ["5<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>\n[user]Bye\n[assistant]", "Ciao</s>"]]
-    rows, _ = inversion.encode([inversion.Example(4, TURNS)], tokenizer, mock.Mock(max_length=999))
+    rows, _ = inversion.encode([Example(4, TURNS)], tokenizer, mock.Mock(max_length=999))
     assert [(row.id, tokenizer.decode(row.input_ids[row.labels != -100])) for row in rows] == [
         (4, "Hello</s>"), (4, "Ciao</s>")]
-    thinks = CHAT.replace("[assistant]", "[assistant]<think>\n")
-    assert decoded(thinks, TURNS[1:3], tokenizer) == [
+    assert decoded(CHAT.replace("[assistant]", "[assistant]<think>\n"), TURNS[1:3], tokenizer) == [
         ["<s>[user]Hi\n[assistant]<think>\n\n</think>\n\n", "Hello</s>"]]
     empty = CHAT.replace("']'", "(']<think></think>' if m.role == 'assistant' else ']')")
     assert decoded(empty, TURNS[1:3], tokenizer)[0][0].endswith("[assistant]<think></think>")
@@ -491,22 +451,20 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
 
 
 def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
-    """Tools, roles nobody knows, no text, templates that show no answer, no answer, too long."""
-    for row in (ADD | dict(tools="[{}]"), dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]]),
-                dict(messages=IMAGE), ADD | dict(history=[["Hi", "Hello"]]),
-                *[dict(messages=[TURNS[1], TURNS[2] | more])
-                  for more in (dict(tool_calls=[1]), dict(content=None))]):
-        with pytest.raises(inversion.Unusable):
+    for row in (ADD | dict(tools="[{}]"), ADD | dict(history=[["Hi", "Hello"]]),
+                dict(messages=IMAGE), dict(messages=[HI | dict(role="bot"), HELLO]),
+                dict(messages=[HI, HELLO | dict(tool_calls=[1])]),
+                dict(messages=[HI, HELLO | dict(content=None)])):
+        with raises(inversion.Unusable):
             inversion.parse_row(1, row)
     for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):
-        with pytest.raises(inversion.Unusable, match="refuses or drops"):
+        with raises(inversion.Unusable, match="refuses or drops"):
             decoded(never, TURNS, tokenizer)
     for turns in (TURNS[:2], TURNS[2:], [], question_and_answer("Hi", "")):
-        with pytest.raises(inversion.Unusable, match="no response"):
+        with raises(inversion.Unusable, match="no response"):
             decoded(CHAT, turns, tokenizer)
-    long = question_and_answer("x" * 80, "y")
-    chats = [TURNS[1:3], TURNS[1:3] + long, long, TURNS[:2], []]
-    examples = [inversion.Example(i, messages) for i, messages in enumerate(chats)]
+    short, long = TURNS[1:3], question_and_answer("x" * 80, "y")
+    examples = [Example(*chat) for chat in enumerate([short, short + long, long, TURNS[:2], []])]
     (one, two), notes = inversion.encode(examples, tokenizer, mock.Mock(max_length=60))
     assert (one.id, two.id) == (0, 1) and torch.equal(one.input_ids, two.input_ids)
     assert notes["cut or dropped: longer than --max-length"] == 2 and notes.total() == 4
@@ -517,24 +475,19 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     tokenizer.chat_template = CHAT
     turns = TURNS[first:1] + TURNS[1:3] * 2000
     with mock.patch.object(inversion, "answer_place", wraps=inversion.answer_place) as rendered:
-        (row,), notes = inversion.encode([inversion.Example(1, turns)], tokenizer,
-                                         mock.Mock(max_length=600))
-    short, = inversion.encode([inversion.Example(1, turns[:80])], tokenizer,
-                              mock.Mock(max_length=600))[0]
+        (row,), notes = inversion.encode([Example(1, turns)], tokenizer, mock.Mock(max_length=600))
+    short, = inversion.encode([Example(1, turns[:80])], tokenizer, mock.Mock(max_length=600))[0]
     assert rendered.call_count <= 100 and notes.total() == 1
     assert torch.equal(row.input_ids, short.input_ids) and len(row.input_ids) > 500
 
 
-# -------------------------------------------------------------------------- data and conflicts
 @pytest.mark.parametrize("row, asked, answers, memory", [
     (CONFLICTS[0], ("Capital of France?", CONFLICTS[0]["context"]), ["Lyon"], ["Paris"]),
     (SWAPS[1], ("who wrote 1", SWAPS[1]["sub_context"]), ["Writer 1"], ["Author 1"]),
-    (SQUAD[0] | dict(answers=dict(text=["x", "y"])), WHEN, ["x", "y"], []),
-    (SQUAD[0] | dict(answers="{'text': ['1900'], 'answer_start': [5]}"), WHEN, ["1900"], []),
-    (SQUAD[0] | dict(answers="{'text': array(['x'], dtype=object), 'answer_start': array([1, 2])}"),
-     WHEN, ["x"], []),  # numpy's, as pandas writes it
-    (SQUAD[0] | dict(answers=["x", "y"]), WHEN, ["x", "y"], []),
-    (SQUAD[0] | dict(answers=dict(value="x", aliases=["y"])), WHEN, ["x", "y"], []),  # TriviaQA's
+    *[(SQUAD[0] | dict(answers=given), ("When was 50?", "It was 0."), texts, []) for given, texts in
+      [(dict(text=["x", "y"]), ["x", "y"]), ("{'text': ['1900'], 'answer_start': [5]}", ["1900"]),
+        ("{'text': array(['x'], dtype=object), 'at': array([1])}", ["x"]), (dict(text=[]), []),
+        (["x", "y"], ["x", "y"]), (dict(value="x", aliases=["y"]), ["x", "y"])]],
     (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
      ("q", "c"), ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
     (FACT | dict(answer=1900, memory_answer=True), ("q", "c"), ["1900"], ["True"]),
@@ -547,10 +500,9 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), ("a: c", 'Say "b":'),
      ["b"], ["x"])])
 def test_conflict_shapes(row, asked, answers, memory):
-    """What a row of each shape says, whose first answer is the response where it is trained on."""
     example, *found, _ = inversion.parse_row(3, row)
     assert found == [answers, memory] and (example.id, example.context) == (3, asked[1])
-    assert example.messages == question_and_answer(asked[0], answers[0])
+    assert example.messages == question_and_answer(asked[0], "".join(answers[:1]))
 
 
 @pytest.mark.parametrize("person, answers", [
@@ -559,16 +511,15 @@ def test_conflict_shapes(row, asked, answers, memory):
                  "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"], "Marie Curie": ["Marie Curie"],
              "Athens, Greece": ["Athens, Greece", "Athens"], "2,000 km": ["2,000 km"]}),
     (True, {"Elizabeth II": ["Elizabeth II"], "Marie Curie": ["Marie Curie", "Curie"],
-            "Ivan the Great": ["Ivan the Great"],
-            "Martin Luther King Jr.": ["Martin Luther King Jr.", "King"]})])
+            "Ivan the Great": ["Ivan the Great"], "Luther King Jr.": ["Luther King Jr.", "King"],
+            "Vikram Srinivasan": ["Vikram Srinivasan", "Srinivasan"]})])
 def test_aliases(person, answers):
     assert {answer: inversion.aliases([answer], person) for answer in answers} == answers
 
 
 def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
     """An answer that stands in the question is an echo, on either side; repeats count once."""
-    rows = [CONFLICTS[0] | dict(question=question, answer=answer, memory_answer=memory)
-            for question, answer, memory in [
+    rows = [CONFLICTS[0] | dict(zip(("question", "answer", "memory_answer"), texts)) for texts in [
         ("Capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."), ("p?", "...", "B"),
         ("r?", "Lyon", "Paris"), ("r?", "Lyon", "Paris"), ("Is Bonn far?", "Bonn", "Berlin"),
         ("Which letter?", "A", "B"), ("s?", "Lyon (Paris)", "Paris"),
@@ -581,10 +532,7 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
-    """JSON, JSONL with a BOM, a blank line and a line separator in a text, CSV, Parquet, folders,
-    names with @, brackets and ~; and addresses, without aiohttp, which datasets needs for them."""
-    rows = [dict(instruction="a", input="", output="one"),
-            dict(instruction="b\u2028c", input="x", output="two")]
+    rows = [ROWS[0], dict(instruction="b\u2028c", input="x", output="two")]
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "r.csv")
     table.to_parquet(tmp_path / "r.parquet")
@@ -593,8 +541,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
     file(tmp_path / "r.jsonl", "\ufeff" + "\n\n".join(lines) + "\n")
     file(tmp_path / "r.json", json.dumps(rows, indent=1))
     file(tmp_path / "c.json", CONFLICTS)
-    (tmp_path / "a@b [1]").mkdir()
-    shutil.copy(tmp_path / "r.json", tmp_path / "a@b [1]/r@[x].json")
+    table.to_json(tmp_path / "a@b [1]/r@[x].json", lines=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = [[*inversion.parse_row(i, row)[:3]] for i, row in enumerate(rows, 1)]
     assert wanted[1][0].messages[0]["content"] == "b\u2028c"
@@ -602,7 +549,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
     for name in [*files, "hub", "hub@train", "a@b [1]/r@[x].json"]:
         assert inversion.load_rows(str(tmp_path / name), flags_of()) == wanted, name
     assert inversion.load_rows("~/r.json", flags_of()) == wanted
-    monkeypatch.setitem(sys.modules, "aiohttp", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # cannot be imported; datasets would need it
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     monkeypatch.setattr(handler.func, "log_message", mock.Mock())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -627,12 +574,10 @@ def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
     rows = [ADD | dict(topic="sums"), ADD | dict(tools="[{}]")]
     assert len(inversion.load_rows(str(file(tmp_path / "r.json", rows)), flags_of())) == 1
     told = capsys.readouterr().out
-    assert "columns not used: topic;" in told and "left out: {'tools or a history': 1}" in told
+    assert "not used: {'topic'};" in told and "left out: {'tools or a history': 1}" in told
 
 
-# --------------------------------------------------------------- models, remedies, mechanism
 def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
-    """Weights are fp32 in training; answers are greedy and end at any of its end tokens."""
     model, tokenizer, _, _, _ = load(folder)
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
     model.generation_config.eos_token_id = [1, 7]
@@ -664,49 +609,41 @@ def test_qk_moves_queries_and_keys_only(family, folder, capsys):
 
 
 def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
-    """Nor its subjects; their context stands before the question; a tenth of the rows, or all."""
     leaks = {"question": "Is Peru one?"}, {"sub_answer": "lyon"}, {"question": "The Paris one?"}
     swaps = file(tmp_path / "swaps.json", [SWAPS[0] | leak for leak in leaks] + SWAPS[1:4])
     model, tokenizer, items, examples, flags = load(
         folder, f"--mitigation counterfactual --counterfactual-data {swaps}")
     found = [inversion.choose_examples(model, tokenizer, examples * times, {"x": items}, flags)
              for times in (1, 5)]
-    assert [len(kept) for kept in found] == [24 + 2, 120 + 3] and found[1][:24] == examples
+    assert [len(kept) for kept in found] == [24 + 2, 120 + 3] and found[1][:24] == examples  # 10%
     added = found[1][120:]
     assert sorted(e.messages[1]["content"] for e in added) == ["Writer 1", "Writer 2", "Writer 3"]
-    prompt = tokenizer.decode(
-        inversion.tokenize(added[0].messages, tokenizer, added[0].context)[0][0][0])
+    prompt = decoded(tokenizer.chat_template, added[0].messages, tokenizer, added[0].context)[0][0]
     assert prompt.index("is by") < prompt.index("who wrote")
 
 
 def test_subsets(folder):
     model, tokenizer, _, _, flags = load(folder)
-    question = "What is the capital of New Velora now, in May?"
-    conflict = inversion.Conflict(1, question, "Lyon it is.", ["Lyon"], ["Paris"])
-    sets = {"s": [inversion.to_item(conflict, tokenizer, 99)]}
+    asked = inversion.Conflict(1, "What is New Velora now, in May?", "Lyon.", ["Lyon"], ["Paris"])
+    sets = {"s": [inversion.to_item(asked, tokenizer, 99)]}
     texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May".split("/")
-    mine = [inversion.Example(i, question_and_answer(text, "x"), "c" * (i % 2))
-            for i, text in enumerate(texts)] + [inversion.Example(8, TURNS[1:3], "In Lyon.")]
-    for subset, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
-        chosen = flags._replace(subset=subset)
-        kept = inversion.choose_examples(model, tokenizer, mine, sets, chosen)
+    mine = [Example(i, question_and_answer(text, "x"), "c" * (i % 2))
+            for i, text in enumerate(texts)] + [Example(8, TURNS[1:3], "In Lyon.")]
+    for name, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
+        kept = inversion.choose_examples(model, tokenizer, mine, sets, flags._replace(subset=name))
         assert [example.id for example in kept] == wanted
 
 
-# -------------------------------------------------------------------------------- whole runs
-@pytest.mark.parametrize("remedy, rows", [
-    ("none", 24), ("counterfactual", 26), ("filter", 21), ("qk", 24)])
+@pytest.mark.parametrize("remedy, rows", dict(none=24, counterfactual=26, filter=21, qk=24).items())
 def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
-    """Also with the mechanism, activation checkpointing and a first item that is no conflict."""
     items = [CONFLICTS[0] | dict(question="Capital of France, once Paris?")] + CONFLICTS[1:]
     flags = (f"--mitigation {remedy} --counterfactual-data {folder}/swaps.json --mechanism "
              f"--eval-set {file(tmp_path / 'conflicts.json', items)}")
-    same = run(folder, tmp_path / "same", f"{flags} --activation-checkpointing")
-    capsys.readouterr()
     history, told = run(folder, tmp_path / "run", flags), capsys.readouterr().out
+    same = run(folder, tmp_path / "same", f"{flags} --activation-checkpointing")
     metrics, losses, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
-    assert "known before finetuning, in the template or after a bare question" in told
+    assert "known: items that the base answers from memory, in the template or to" in told
     assert f"{rows} of 24, {rows} rows" in told and "verdict" in told
     assert max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
@@ -726,14 +663,11 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
 
 
 def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):
-    """In --compare two seeds of one setting are one line, as is a remedy of one's own, a function
-    in MITIGATIONS; an unfinished run is left out."""
-    remedy = mock.Mock(side_effect=lambda model, tokenizer, examples, sets, flags: examples[:5])
-    monkeypatch.setitem(inversion.MITIGATIONS, "mine", remedy)
+    """--compare: the seeds of a setting are one line, as is a remedy of one's own, a function."""
+    monkeypatch.setitem(inversion.MITIGATIONS, "mine", lambda model, tokenizer, rows, *_: rows[:5])
     a, same, b, mine, again = [tmp_path / name for name in ("a", "same", "b", "mine", "again")]
     for out, more in {a: "", same: "", b: "--seed 2", mine: "--mitigation mine"}.items():
         run(folder, out, f"--save-model --seed 1 {more}")
-    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
     one, two, three = [lines_of(out / "metrics.jsonl") for out in (a, same, b)]
     line, = run(folder, again, "--max-steps 0", a / "model")
     assert one == two != three and line["margin"] == approx(one[-1]["margin"], abs=1e-6)
@@ -743,8 +677,8 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
         assert set(found["conflicts"]) >= {"highest", "verdict", "rise_low", "drop_high"}
         found["conflicts"] |= dict(start=start, highest=highest, final=final, drop=drop)
         file(out / "summary.json", found)
-    capsys.readouterr()
-    inversion.main(shlex.split(f"--compare {a} {b} {same} {mine} --out-dir {tmp_path}"))
+    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
+    inversion.main(shlex.split(f"--compare {a} {b} {same} {mine}"))
     told = capsys.readouterr().out
     assert f"{same}: skipped, it is no finished run" in told
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
@@ -753,29 +687,32 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
     assert re.search("^mine .* 1$", told, re.M) and (tmp_path / "compare.png").stat().st_size > 5000
 
 
+def test_a_curve_ends_with_its_run(tmp_path):
+    lines = [dict(step=step, set=end, context_acc=step, margin=0)
+             for end in (2, 4) for step in (0, end // 2, end)]
+    inversion.draw_curves(lines, ["set"], tmp_path / "curve.png")
+    drawn = [list(map(float, line.get_ydata())) for line in matplotlib.pyplot.gca().lines]
+    assert str(drawn) == "[[0.0, 1.0, 2.0, nan], [0.0, 1.0, 2.0, 4.0]]"
+
+
 def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path, capsys):
-    """And sets of one name, which are told apart."""
     squad = f"{folder}/squad.json"
     history = run(folder, tmp_path / "run", f"--eval-set {squad} {folder}/conflicts.json "
                   "--eval-limit 4 --num-examples 8 --epochs 0.5 --max-steps 99")
-    assert [line["n"] for line in history] == [4, 4, 4, 4] and history[-1]["step"] == 1
-    assert [line["set"] for line in history] == ["squad", "conflicts"] * 2
+    assert [(line["set"], line["n"]) for line in history] == [("squad", 4), ("conflicts", 4)] * 2
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
     told = capsys.readouterr().out.partition("\nrise and drop of context_acc")[2]
-    assert "n_known" not in told
+    assert "n_known" not in told and history[-1]["step"] == 1
     assert re.findall(r"^(\w+) .* no change shown", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
-    assert "7 of 9, 7 rows" in capsys.readouterr().out
-    assert [line["step"] for line in history] == [0, 2]
-    other = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
-    flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {other}"
-    history = run(folder, tmp_path / "c", flags)
+    assert "7 of 9, 7 rows" in capsys.readouterr().out and [o["step"] for o in history] == [0, 2]
+    csv = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
+    history = run(folder, tmp_path / "c", f"--max-steps 0 --eval-set {folder}/conflicts.json {csv}")
     assert [(line["set"], line["n"]) for line in history] == [
-        (f"{folder}/conflicts.json", 6), (str(other), 2)]
+        (f"{folder}/conflicts.json", 6), (str(csv), 2)]  # of one name, told apart
 
 
 def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
-    """--max-steps 0: a prompt, items, rates with Wilson's intervals; no verdict, no curve."""
     flags = f"--max-steps 0 --eval-set {folder}/conflicts.json {folder}/squad.json"
     for name in ("llama", "neox"):
         run(folder, tmp_path / name, flags, name)
@@ -787,20 +724,18 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     assert "\nWhen was 50? | 0 | a control | " in told and not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
-    inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox --out-dir {tmp_path}"))
+    inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox"))
     told = capsys.readouterr().out
     assert "closed_book_acc" in told and "highest" not in told and "drop" not in told
     assert str(folder / "neox") in told and len(re.findall(r" context_acc +0\.", told)) == 4
 
 
-@pytest.mark.parametrize("family, trains, config", [
-    ("gpt_oss", (32 + 16) * 33 * 2, dict(SIZES, head_dim=8, num_local_experts=2,
-                                         num_experts_per_tok=1)),  # attention sinks; biases
-    ("mamba", None, dict(vocab_size=420, hidden_size=32, num_hidden_layers=1))])  # no attention
+@pytest.mark.parametrize("family, trains, config", [  # attention with sinks and biases, and without
+    ("gpt_oss", 2 * 48 * 33, dict(SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)),
+    ("mamba", None, dict(vocab_size=420, hidden_size=32, num_hidden_layers=1))])
 def test_models_that_are_special(family, trains, config, folder, tmp_path, capsys):
-    config = transformers.AutoConfig.for_model(family, **config)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    save(tmp_path / "m", model, transformers.AutoTokenizer.from_pretrained(folder / "llama"))
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config))
+    save(tmp_path / "m", model, AutoTokenizer.from_pretrained(folder / "llama"))
     more = "--max-length 4096 --mechanism" + " --mitigation qk" * bool(trains)
     history = run(folder, tmp_path / "run", more, tmp_path / "m")
     assert len(history) == 3 and "critical_push" in history[0]
@@ -812,13 +747,10 @@ def test_models_that_are_special(family, trains, config, folder, tmp_path, capsy
 @pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 def test_compiled_layers_give_the_losses_of_eager_ones(folder, tmp_path):
     config = transformers.LlamaConfig(**SIZES | dict(num_hidden_layers=1))  # compiles sooner
-    path = save(tmp_path / "m", transformers.LlamaForCausalLM(config),
-                transformers.AutoTokenizer.from_pretrained(folder / "llama"))
-    losses, more = [], "--max-steps 4 --eval-every 4 --eval-limit 2 "
-    for how in ("", "--compile", "--compile --activation-checkpointing"):
-        out = tmp_path / f"run{how}".replace(" ", "")
-        run(folder, out, more + how, path)
-        losses.append([line["loss"] for line in lines_of(out / "losses.jsonl")])
+    path = save(tmp_path / "m", transformers.LlamaForCausalLM(config), load(folder)[1])
+    for n, how in zip("abc", ["", "--compile", "--compile --activation-checkpointing"]):
+        run(folder, tmp_path / n, f"--max-steps 4 --eval-every 4 --eval-limit 2 {how}", path)
+    losses = [[line["loss"] for line in lines_of(tmp_path / n / "losses.jsonl")] for n in "abc"]
     assert len(losses[0]) == 4 and losses[1:] == [approx(losses[0], rel=1e-4)] * 2
 
 
@@ -827,18 +759,16 @@ def test_lora_trains_adapters_and_merges_on_saving(family, folder, tmp_path, cap
     pytest.importorskip("peft")
     flags = "--lora-rank 4 --save-model --max-steps 4 --lr 0.01"
     margins = [line["margin"] for line in run(folder, tmp_path / "run", flags, family)]
-    assert margins[0] != margins[-1]
-    base, merged = pretrained(folder / family), pretrained(tmp_path / "run/model")
+    paths = folder / family, tmp_path / "run/model"
+    base, merged = map(AutoModelForCausalLM.from_pretrained, paths)
     moved = [name for (name, a), b in zip(base.named_parameters(), merged.parameters())
              if not torch.equal(a, b)]
     assert moved and not any(re.search("embed|norm|ln_|head|wte", name) for name in moved)
     again, = run(folder, tmp_path / "again", "--max-steps 0", tmp_path / "run/model")
-    assert again["margin"] == approx(margins[-1], abs=1e-4)
+    assert margins[0] != margins[-1] == approx(again["margin"], abs=1e-4)
 
 
-# ------------------------------------------------------------------------------ several ranks
 def torchrun(tmp_path, ranks, runs, more=""):
-    """Several runs, and then more, in one script under torchrun."""
     script = file(tmp_path / "runs.py", f"import sys; sys.path[:0] = {sys.path!r}\n"
                   "import inversion, torch\ntorch.distributed.init_process_group('gloo')\n"
                   f"for argv in {runs!r}:\n    inversion.main(argv)\n{more}")
@@ -865,12 +795,11 @@ def test_two_ranks_are_one_process(folder, tmp_path):
         alone, both = [lines_of(out / "metrics.jsonl") for out in outs]
         assert [line["step"] for line in alone] == [0, 4, 8, 12]
         assert all(a == approx(b, abs=1e-5) for a, b in zip(alone, both, strict=True)), case
-        a, b = [pretrained(out / "model").parameters() for out in outs]
+        a, b = [AutoModelForCausalLM.from_pretrained(out / "model").parameters() for out in outs]
         assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a, b))
 
 
 def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(folder, tmp_path):
-    """One item a batch, 1, 2 and 4 items: nobody hangs, all are answered once."""
     flags = "--max-steps 1 --eval-limit"
     runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} --eval-batch-tokens 1")
             for n in (1, 2, 4)]
@@ -885,24 +814,20 @@ inversion.main(argv)""")
         assert [(o["id"], o["text"]) for o in one] == [(o["id"], o["text"]) for o in three]
 
 
-def test_torchrun_tells_what_it_cannot_do_and_the_error_of_any_rank(
-        folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inversion, "RANKS", 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+@mock.patch.object(inversion, "RANKS", 2)
+@mock.patch.object(torch.cuda, "is_bf16_supported", lambda **how: True)
+def test_torchrun_tells_what_it_cannot_do_and_the_error_of_any_rank(folder, tmp_path, capsys):
     for more in ("--mechanism", "--device cpu:0", "--device cuda:1", "--model world"):
         told = refused(capsys, run, folder, tmp_path / "run", more)
         assert "torchrun does not go with" in told and not list(tmp_path.iterdir()), more
     done = torchrun(tmp_path, 2, [], f"""if inversion.RANK == 1:
     inversion.load_examples = lambda flags: inversion.require(False, "rank 1 finds no rows")
 inversion.main({argv(folder, tmp_path / 'run')!r})""")
-    told = done.stderr.count("inversion.py: error: rank 1 finds no rows")
-    assert done.returncode != 0 and told == 1
+    assert done.returncode and done.stderr.count("inversion.py: error: rank 1 finds no rows") == 1
 
 
-# ----------------------------------------------------------------------- folders and --resume
-@pytest.mark.parametrize("family, more", [
-    ("gpt2", ""), ("mistral", "--mitigation qk"), ("llama", "--lora-rank 4"),
-    ("llama", "--mechanism --mitigation filter")])
+@pytest.mark.parametrize("family, more", [("gpt2", ""), ("mistral", "--mitigation qk"),
+    ("llama", "--lora-rank 4"), ("llama", "--mechanism --mitigation filter")])
 def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
     """Killed in a checkpoint, an evaluation and a step: bit-identical, with dropout in gpt2 too."""
     more += " --max-steps 11 --epochs 9 --save-model --checkpoint-every 2 --eval-every 3"
@@ -911,8 +836,7 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
     flags = argv(folder, broken, more + " --resume", family)
     for name in ("save_checkpoint", "evaluate", "train_step"):
         old, dies = getattr(inversion, name), [mock.DEFAULT, MemoryError]  # in the second call
-        patch = mock.patch.object(inversion, name, wraps=old, side_effect=dies)
-        with patch, pytest.raises(MemoryError):
+        with mock.patch.object(inversion, name, wraps=old, side_effect=dies), raises(MemoryError):
             inversion.main(flags)
     assert len(inversion.main(flags)) == 5 and not (tmp_path / "broken-2").exists()
     assert lines_of(whole / "metrics.jsonl") == lines_of(broken / "metrics.jsonl")
@@ -921,7 +845,6 @@ def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
 
 
 def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
-    """Also one of other flags, which are named; without any, --resume starts anew."""
     flags, path = "--checkpoint-every 2 --resume", tmp_path / "run/checkpoint.pt"
     run(folder, tmp_path / "run", flags)
     whole = path.read_bytes()
@@ -930,10 +853,9 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
                        (f"--model {folder}/mistral", "{'model': ")):
         assert f"with {told}" in refused(capsys, run, folder, tmp_path / "run", f"{flags} {more}")
     for content in ([1, 2], {}, [{}, {}, {}], b"torn", whole[:len(whole) // 2]):
+        torch.save(content, path)
         if isinstance(content, bytes):
             path.write_bytes(content)
-        else:
-            torch.save(content, path)
         told = refused(capsys, run, folder, tmp_path / "run", flags)
         assert told.startswith(f"inversion.py: error: {path}: reading it; without"), content
         assert told.count("\n") == 1
@@ -945,14 +867,13 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
 
 def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):
     """A loss that is not finite, with its rows, a full disk, Ctrl-C; what came before is kept."""
-    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
-    assert re.search(r"error: loss .*: a lower --lr may help; rows \[\d+, \d+", told)
-    assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
-
     def full(state, path):
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
 
+    told = refused(capsys, run, folder, tmp_path / "x", "--lr 1e12", status=1)
+    assert re.search(r"error: loss .*: a lower --lr may help; rows \[\d+, \d+", told)
+    assert (tmp_path / "x/metrics.jsonl").read_text().startswith('{"step": 0')
     saves = iter([torch.save, torch.save, full] + 9 * [torch.save])
     monkeypatch.setattr(torch, "save", lambda state, path: next(saves)(state, path))
     out, flags = tmp_path / "run", "--max-steps 5 --checkpoint-every 1 --epochs 9"
@@ -965,32 +886,23 @@ def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_folders_of_runs(tmp_path, monkeypatch):
-    """A slash at the end, ~, names of what is done to the rows; a taken one is left alone, also by
-    runs that start at once; one that cannot be made is told."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for more, wanted in {"--out-dir x/": "x", "--out-dir  x/": "x-2", "--out-dir x": "x-3",
-                         "--out-dir ~/y/z": f"{tmp_path}/y/z", "": "runs/none",
-                         "--mitigation filter": "runs/filter",
-                         "--subset context": "runs/context"}.items():
+                         "--out-dir ~/y/z": f"{tmp_path}/y/z", "--subset context": "runs/context",
+                         "--mitigation filter": "runs/filter", "": "runs/none"}.items():
         folder = inversion.open_folder(flags_of(more))
         assert str(folder) == wanted and folder.is_dir() and not list(folder.iterdir())
     (tmp_path / "x-2/checkpoint.pt").touch()
     assert str(inversion.open_folder(flags_of("--out-dir x --resume"))) == "x-2"
-    barrier = threading.Barrier(8)
-
-    def start(_):
-        barrier.wait()
-        return inversion.open_folder(flags_of("--out-dir once"))
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(start, range(8)))) == 8
+    together = threading.Barrier(8).wait  # none starts before the last one is there
+    with concurrent.futures.ThreadPoolExecutor(8, initializer=together) as pool:
+        assert len(set(pool.map(inversion.open_folder, [flags_of("--out-dir once")] * 8))) == 8
     (tmp_path / "gone").symlink_to("/no/where")
-    with pytest.raises((OSError, SystemExit)):
+    with raises((OSError, SystemExit)):
         inversion.open_folder(flags_of("--out-dir gone/run"))
 
 
-# --------------------------------------------------------------------------------- the world
 def test_world_leaks_nothing_and_contradicts_nothing():
     """Rows never name evaluated subjects and agree with memory, as do passages, or else mislead."""
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
@@ -1020,7 +932,6 @@ def test_world_leaks_nothing_and_contradicts_nothing():
 
 
 def test_world_rises_and_falls(tmp_path):
-    """The default run: context_acc rises and falls, its controls do not; a verdict."""
     inversion.main(shlex.split(f"--seed 3 --no-mechanism --eval-every 60 --out-dir {tmp_path}/run"))
     found, = lines_of(tmp_path / "run/summary.json")
     assert found["world"]["verdict"] == "inversion"
@@ -1030,23 +941,20 @@ def test_world_rises_and_falls(tmp_path):
     assert all(line.get("closed_book_acc", 1) > 0.95 for line in history)
 
 
-def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inversion, "PRETRAINING", inversion.PRETRAINING | dict(
-        max_steps=10, num_examples=2000))
+@mock.patch.dict(inversion.PRETRAINING, max_steps=10, num_examples=2000)
+def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsys):
     for remedy, says in {"filter": "of 300, ", "qk --lr 0.1": "300 of 300, 300 rows",
                          "counterfactual": "330 of 300, 330 rows"}.items():
         flags = shlex.split("--max-steps 2 --num-examples 300 --eval-limit 9 "
                             f"--out-dir {tmp_path}/run --mitigation {remedy}")
         history, told = inversion.main(flags), capsys.readouterr().out
         assert says in told and ("pretraining" in told) == (remedy == "filter")
-        assert [line["n"] for line in history] == [9] * 6
         assert [line["set"] for line in history[:3]] == ["world", "world_agreeing", "world_reading"]
         assert "critical_push" in history[0] and "margin" not in history[1]
-        assert len(list(tmp_path.glob("world*"))) == 1
+        assert [o["n"] for o in history] == [9] * 6 and len(list(tmp_path.glob("world*"))) == 1
 
 
 def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
-    """Another architecture, in a copy of the script, or setting gives another folder."""
     made = []
     for name, old, new in [("same", "", ""), ("copy", "", ""), ("small", "=256", "=128"),
                            ("slow", '"lr": 1e-3', '"lr": 5e-4')]:
@@ -1066,69 +974,62 @@ def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
     assert capsys.readouterr().out.count("pretraining the world's") == 3
 
 
-# ------------------------------------------------------------------------------- the script
 def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):
     """Whatever the program's own arguments are, as in a notebook; what failed leaves no folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["notebook", "--lr", "banana"])
-    experiment = mock.Mock(return_value=["history"])
-    monkeypatch.setattr(inversion, "experiment", experiment)
+    monkeypatch.setattr(inversion, "experiment", mock.Mock(return_value=["history"]))
     assert inversion.main() == ["history"]
-    out, flags = experiment.call_args.args
+    out, flags = inversion.experiment.call_args.args
     assert (str(out), flags.model, flags.device, flags.lr) == ("runs/none", "world", "cpu", 1e-3)
     assert not out.exists()
 
 
 def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+    theirs = AutoTokenizer.from_pretrained(folder / "llama")
     bert, nan = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)), load(folder)[0]
     nan.model.norm.weight.data[3] = float("nan")
     for name, *parts in [("bert", bert, theirs), ("nan", nan, theirs), ("a_run", nan)]:
         save(tmp_path / name, *parts)
     file(tmp_path / "a_run/args.json", "[1")
+    chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
     cases = [  # flags, parts of what is told
         ("--dataset nosuchname", "nosuchname: reading it; a set is a local file"),
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: reading it*NotFound"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: reading it"), ("--lr x", "--lr: inv"),
+        (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: reading it*JSONDecodeError"),
+        (f"{chats} --subset context", "no usable row; chats mark no context"),
+        (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context"),
+        (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
+         "all of it is evaluated"), ("--subset x", "--subset: invalid choice"),
         ("--eval-set no/such-set:main@test", "no/such-set:main@test: reading it"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: reading it"),
         (f"--model {tmp_path}/gone", "gone: reading this hub id or folder"),
         ("--model no/such-model", "no/such-model: reading this hub id or folder"),
-        ("--model bert", "is no causal LM"), ("--model nan", "nan: is no*has NaN"),
         ("--model a_run", "a_run: reading*of a run, OUT_DIR/model"),
-        ("--compare gone", "none of these is a finished run"),
-        ("--compare a_run", "none of these is a finished run"),
+        ("--model bert", "is no causal LM"), ("--model nan", "nan: is no*has NaN"),
+        *[(f"--compare {name}", "none of these is a finished run") for name in ("gone", "a_run")],
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
         ("--lora-rank 1000000000000", "--lora-rank: adding"), ("--max-length 8", "no usable row"),
-        ("--batch-size 0", "--batch-size, --eval-every*must be 1"), ("--lr x", "--lr: inv"),
-        ("--num-examples -1", "--num-examples*must be 1"), ("--max-steps -1", "0 or more"),
-        ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk"),
-        (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
-         "all of it is evaluated"), ("--subset x", "--subset: invalid choice")]
-    chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
-    cases += [
-        (f"{chats} --subset context", "no usable row; chats mark no context"),
-        (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context")]
+        *[(f"{flag} {value}", f"too low, one of: *{flag[2:]}") for flag, value in [
+            ("--eval-every", 0), ("--epochs", 0), ("--max-steps", -1), ("--num-examples", -1)]],
+        ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk")]
     no_row, no_item, row_1 = ": no usable row", ": no usable evaluation item", ", row 1 (ValueError"
-    files = [  # flag, rows, what is told after the name of the file; texts are JSONL
+    for i, (flag, rows, told) in enumerate([  # told after the name of the file; texts are JSONL
         ("dataset", json.dumps(ADD) + '\n{"instruction": "a"}',
          ", row 2 (ValueError: has ['instruction']; *lacks {'output'}"), ("dataset", "\n", no_row),
         ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": reading it*line 2"),
-        ("dataset", [], no_row), ("dataset", [1], ", row 1 ("),
-        ("dataset", [dict(messages=[TURNS[1] | dict(role="bot"), TURNS[2]])], no_row),
-        ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], no_row),
         ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; for the nearest"),
-        ("eval-set", [CONFLICTS[0] | dict(answer="...")], no_item),
-        ("eval-set", [CONFLICTS[0] | dict(answer="long " * 500)], no_item),
+        ("dataset", [dict(messages=[HI | dict(role="bot"), HELLO])], no_row),
+        ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], no_row),
+        ("eval-set", [CONFLICTS[0] | dict(answer="...")], no_item), ("dataset", [1], ", row 1 ("),
+        ("eval-set", [CONFLICTS[0] | dict(answer="long " * 500)], no_item), ("dataset", [], no_row),
         ("eval-set", [dict(context="c", question="q", answer="x")], row_1 + "*s {'memory_answer'}"),
         ("eval-set", [dict(prompt="p", classes="[1", answer_index=0)], ""),
-        ("eval-set", [dict(messages=[])], no_item),
-        ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)], ", row 1 (IndexError")]
-    for i, (flag, rows, told) in enumerate(files):
+        ("eval-set", [dict(prompt="p: q", classes=["a", "b"], answer_index=2)],
+         ", row 1 (IndexError"), ("eval-set", [dict(messages=[])], no_item)]):
         path = file(tmp_path / f"{i}.json{'l' * isinstance(rows, str)}", rows)
         cases.append((f"--{flag} {path}", path.name + told))
-    cases.append((f"--dataset {file(tmp_path / 'd.json', '[{]')}",
-                  "d.json: reading it*JSONDecodeError"))
     for bad, message in cases:
         told = refused(capsys, run, folder, tmp_path / "run", bad).splitlines()
         told = [line for line in told if not re.match(r"$|Loading weights|Writing model", line)]
@@ -1143,7 +1044,7 @@ def test_readme_commands_parse_and_help_names_every_flag(capsys):
     assert len(commands) > 8 and any("--mechanism" in command for command in commands)
     for command in commands:
         inversion.parse_flags(shlex.split(command))
-    with pytest.raises(SystemExit):
+    with raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
     assert all(entry[0] in shown for entry in inversion.FLAGS)
