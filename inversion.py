@@ -997,8 +997,8 @@ def compare(flags):
     runs, lines = [], []
     for folder in map(Path, flags.compare):
         try:
-            (args,), (summary,), history = [read_json((folder / file).read_text()) for file in (
-                "args.json", "summary.json", "metrics.jsonl")]
+            (args,), (summary,), history = [read_json((folder / file).read_text("utf-8"))
+                for file in ("args.json", "summary.json", "metrics.jsonl")]
         except (OSError, ValueError):
             print(f"{folder}: skipped, it is no finished run")
             continue
@@ -1089,7 +1089,7 @@ def load_pretrained(auto, source, **how):
     """What `auto` reads from a hub id or folder, without running any of its code."""
     adapter = Path(source, "adapter_config.json")
     require(not adapter.exists(), f"--model: {adapter} is of an adapter; merge it or move it away")
-    with or_exit(f"--model {source}: reading this hub id or folder (of a run, OUT_DIR/model)"):
+    with or_exit(f"--model {source}: no folder (of a run: OUT_DIR/model) or hub id to be read"):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
 
 def load_model(source, tokenizer, flags):
