@@ -101,8 +101,8 @@ def contains(said, answers, rivals):
     return any(answer in said for answer in answers)
 
 def score(text, conflict):
-    """(context hit, parametric hit): a model's text contains that answer, in whole words, after the
-    first echo of the question is cut out:
+    """(context hit, parametric hit): a model's text contains a text of that answer (load_conflicts
+    says which count), in whole words, after the first echo of the question is cut out:
 
         context New Cairo, memory Cairo     It is New Cairo.    (1, 0)     Cairo, New Cairo  (1, 1)
         context Bo, memory Freetown         Bosnia              (0, 0)     Not Freetown, Bo  (1, 1)
@@ -136,7 +136,9 @@ def scorable(answers, rivals, question):
             and (answer == answers[0] or plain_answer(answer) not in rival)]
 
 def load_conflicts(name, flags):
-    """The Conflicts of a set, controls where memory cannot be scored; the rest is left out."""
+    """The Conflicts of a set. What counts as an answer: the texts of the row's answer column; in
+    the paper's facts and biographies also the names in them (aliases); none that stands in the
+    question or names the rival (scorable). No such memory: a control; no such answer: left out."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
         if not example.context:
@@ -623,8 +625,7 @@ def read_json(text):
     return json.loads(text)
 
 def read_rows(name):
-    """The rows (dicts) of a short name, address, file, folder or hub id, ID:CONFIGURATION@SPLIT. Of
-    CSV every cell is a text, and an empty one is missing."""
+    """Rows (dicts) of a short name, address, file, folder or hub id (ID:CONFIGURATION@SPLIT)."""
     source, config, split = os.path.expanduser(SOURCES.get(name, name)), "", ""
     kind = Path(source).suffix
     with or_exit(f"{name}: reading it; a set is a local file, hub id or one of {list(SOURCES)}"):
@@ -725,7 +726,7 @@ def parse_row(number, row):
 
     if "system" in keys and any(memory):
         messages.insert(0, {"role": "system", "content": memory.pop()})
-    if "answer" in keys:  # the paper's facts and biographies, whose answers have several names
+    if "answer" in keys:  # the paper's facts and biographies
         person = "parametric_answer" in keys
         answers, memory = aliases(answers, person), aliases(memory, person)
     return Example(number, messages, "\n\n".join(context)), answers, memory, keys
@@ -972,8 +973,7 @@ def draw_curves(lines, labels, path):
     write(path, lambda new: axes.figure.savefig(new, dpi=200, format="png", bbox_inches="tight"))
 
 def report(state, sets, tokenizer, folder, flags):
-    """Print the verdicts or, of a model that is only measured, a prompt as it is, eight answers and
-    the rates; write curve.png and, last, summary.json: the run has finished."""
+    """Print verdicts or, if only measured, a prompt, eight answers, rates; last: summary.json."""
     last, verdicts = {line["set"]: line for line in state["metrics"]}, {}
     for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set"):
         verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
