@@ -70,7 +70,7 @@ class Item:
 
 # ================================================================ 1. what is measured (section 3)
 
-# Of scripts that do not, or not only, set words apart by spaces, every character is a word.
+# In scripts that do not always put spaces between words, every character counts as a word.
 LETTER = r"[^\W_\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}\p{Hangul}]"
 WORD = regex.compile(  # a number with sign, decimals, time or fraction; letters; one character
     rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*{LETTER}*|{LETTER}+|[^\W_]\p{{M}}*")
@@ -130,15 +130,15 @@ def aliases(answers, person):
     return list(dict.fromkeys(found))
 
 def scorable(answers, rivals, question):
-    """The answers that are not in the question (an echo would hit), without the rival's names."""
+    """The answers that are not in the question (an echo hits) nor, but for the first, a rival's."""
     asked, rival = plain(question), plain(" ".join(rivals))
     return [answer for answer in answers if plain_answer(answer) not in asked
             and (answer == answers[0] or plain_answer(answer) not in rival)]
 
 def load_conflicts(name, flags):
-    """The Conflicts of a set. What counts as an answer: the texts of the row's answer column; in
-    the paper's facts and biographies also the names in them (aliases); none that stands in the
-    question or names the rival (scorable). No such memory: a control; no such answer: left out."""
+    """The Conflicts of a set. What counts as an answer: the texts of the row's answer column; if it
+    is called "answer", the names in them, too (aliases); but none that is in the question or names
+    the rival (scorable). If no memory is left, it is a control, if no answer, it is left out."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
         if not example.context:
@@ -162,7 +162,7 @@ def to_row(id, parts):
     return Row(id, *torch.tensor([ids, labels]))
 
 def to_item(conflict, tokenizer, max_length):
-    """The Item of a Conflict, or Unusable; a prompt has the ids of training, by construction."""
+    """The Item of a Conflict, or Unusable; tokenize makes its prompt, as it does in training."""
     rows = []
     for answer in conflict.context_answers[:1] + conflict.parametric_answers[:1]:
         messages = question_and_answer(conflict.question, answer)
@@ -202,10 +202,9 @@ def evaluate(model, tokenizer, items, known, flags):
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
     context_acc, parametric_acc: the hits of score(); both, neither: of the two. closed_book_acc:
-    memory answers without the context. "known" of an item: it did so in the first evaluation, there
-    or to the bare question; `known`: ids of those, or None in the first evaluation. margin:
-    log p(context answer) - log p(memorised one), each per token.
-    m_c (Theorem 1): p(context answer) / (p(context answer) + p(memorised one))."""
+    memory answers without the context. "known" of an item: it did so in the first evaluation, in
+    the template or to the bare question; `known`: their ids, or None in that evaluation. Of the two
+    answers: margin: log p(c) - log p(m), each per token; m_c (Theorem 1): p(c) / (p(c) + p(m))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     disputed = [item for item in items if item.parametric_row]  # the others are controls, and last
     prompts = [item.prompt for item in items] + [item.closed_book_prompt for item in disputed]
@@ -270,7 +269,7 @@ def micro_batches(sequences, budget, room=0):
 
 def row_logp(model, rows, flags):
     """Log-probability of each row's targets, summed: (rows,) in fp32. Right padding needs no mask,
-    as attention is causal. A hook lets only what predicts a target through the head, for memory."""
+    as attention is causal. A hook feeds the head only what predicts a target: that saves RAM."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     labels = pad_sequence([row.labels[1:] for row in rows], batch_first=True, padding_value=-100)
     labels = labels.to(model.device)  # position t predicts token t + 1
@@ -482,10 +481,10 @@ def mechanism(model, items, probe, flags):
 
 def summarise(outcomes):
     """What context_acc of a set did, from a table of all outcomes. A group, the items that share a
-    question, counts as one. Groups are dealt into halves, each read at the step where the OTHER is
-    highest, as its own highest would be too high by luck. rise: mean over groups of value there -
-    first evaluation; drop: of value there - last. Intervals: Student's t, 95%; with fewer than six
-    groups nothing is shown."""
+    question, counts as one. Groups are dealt into halves; a group's peak is its value at the step
+    where the OTHER half is highest, as its own highest would be too high by luck. rise, drop: mean
+    over groups of peak - first evaluation, peak - last. Intervals: Student's t, 95%; with fewer
+    than six groups nothing is shown."""
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "highest": accs.max(), "final": accs.iloc[-1],
              "verdict": "no change shown"}
@@ -727,7 +726,7 @@ def parse_row(number, row):
     if "system" in keys and any(memory):
         messages.insert(0, {"role": "system", "content": memory.pop()})
     if "answer" in keys:  # the paper's facts and biographies
-        person = "parametric_answer" in keys
+        person = "parametric_answer" in keys and "name of the" in question
         answers, memory = aliases(answers, person), aliases(memory, person)
     return Example(number, messages, "\n\n".join(context)), answers, memory, keys
 
@@ -746,7 +745,7 @@ FOLD = (  # makes a system turn part of the next one
 MARK = "@@the-answer@@"
 
 def set_template(tokenizer, flags):
-    """Give the tokenizer the chat_template of --template, which a saved model carries on."""
+    """Give the tokenizer the chat_template of --template; a saved model carries it on."""
     user, _ = question_and_answer("Hi", "Hello")
     require(tokenizer.eos_token, "--model: its tokenizer has no EOS token, to end answers with")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -831,13 +830,15 @@ def encode(examples, tokenizer, flags):
 # ================================================ 8. large models: several GPUs, adapters, --resume
 
 # Several GPUs. torchrun starts a rank per GPU; each runs this file and reads model and data; rank 0
-# alone writes. shard splits every layer and, in bf16, rounds norms and residuals too; micro_batches
-# deals out, in_batches collects, train_step sums up. All call the model equally often, or they hang
-# (a rank short of a batch repeats one, uncounted). Dropout depends on the rank. main refuses some.
+# alone writes and prints. shard splits each layer and, in bf16, rounds norms and residuals, too;
+# micro_batches deals out, of so many tokens a GPU; add_gradient sums gradients, train_step losses,
+# in_batches collects. All call the model equally often, or they hang: a rank short of a batch
+# repeats one, uncounted. Dropout depends on the rank. main refuses --mechanism, the world, cuda:N.
 # --resume goes on from the first OUT_DIR[-n] with a checkpoint, else anew: trained weights, moments
-# and state as after a step, before its evaluation. The rest is made again: what filter drops, from
-# the base; row order, from seed and epoch; dropout, from seed, step and rank. Data, base, versions
-# are taken to be the same. So are the metrics, bit for bit on a CPU, else up to rounding.
+# and state as after a step, before its evaluation. Made again: what filter drops, from the base;
+# row order, from seed and epoch; dropout, from seed, step, rank. Flags but FREE must be the same;
+# data, base, versions are taken to be. So are metrics: bit for bit on a CPU; with other FREE flags,
+# up to rounding and dropout's masks.
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -983,8 +984,8 @@ def report(state, sets, tokenizer, folder, flags):
                 print(*answered, sep=" | ")
             print(rates(last[name]))
     if flags.max_steps:
-        print("\nrise and drop of context_acc are to and from a peak that other items chose, as the"
-              "\nhighest of the table is too high by luck: so drop is not that minus the last")
+        print("\nrise and drop of context_acc: to and from a peak step that the other half of the"
+              "\nquestions chose; the highest is too high by luck, so drop is not highest - last")
         print(pandas.DataFrame(verdicts).loc["verdict":].to_string(float_format="{:.3f}".format))
         losses = [step["loss"] for step in state["losses"]]
         if losses[-1] > 2 * losses[0]:
@@ -1010,9 +1011,10 @@ def compare(flags):
     table = pandas.DataFrame(runs)
     labels = [name for name in [*setting, "set"] if table[name].nunique() > 1] or ["set"]
     groups = table.groupby(labels)
+    means = groups.mean(numeric_only=True)
     if setting["max_steps"] == "0":  # only measured
-        return print(pandas.concat({", ".join(label): rates(run.iloc[0]) for label, run in groups}))
-    means = groups.mean(True).reindex(columns=["start", "highest", "final", "drop"])
+        return print(pandas.concat({key: rates(line) for key, line in means.iterrows()}))
+    means = means.reindex(columns=["start", "highest", "final", "drop"])
     print(means.assign(n=groups.size()).to_string(float_format="{:.2f}".format),
           "drop: from a peak that other items chose, so not highest - final", sep="\n")
     draw_curves(lines, labels, folder.parent / "compare.png")
@@ -1095,11 +1097,10 @@ def load_pretrained(auto, source, **how):
 def load_model(source, tokenizer, flags):
     """The model, ready to be trained: in fp32 (bf16 if frozen and flags.dtype says so), its answers
     greedy and ending where the template's turns end. Exits if it is no causal LM."""
-    model, info = load_pretrained(transformers.AutoModelForCausalLM, source, use_safetensors=True,
-                                  output_loading_info=True, dtype="auto")  # ranks share the file
     half = flags.dtype == "bf16" and (not flags.max_steps or flags.lora_rank)
-    if half:
-        model.bfloat16()
+    model, info = load_pretrained(  # auto: as in the file, which the ranks then share in memory
+        transformers.AutoModelForCausalLM, source, use_safetensors=True, output_loading_info=True,
+        dtype=torch.bfloat16 if half else "auto")
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
     [(prompt, _), (turn, _)], = tokenize(question_and_answer("Hi", "Hello"), tokenizer)
@@ -1159,7 +1160,7 @@ def experiment(folder, flags):
     """The paper's experiment, once: the recipe. Returns the lines of metrics.jsonl."""
     state = load_state(folder, flags)
 
-    # Questions whose context contradicts memory, and conversations to finetune on.
+    # Questions whose context contradicts memory, conversations, a model that has memorised answers.
     source = world_model(folder, flags) if flags.model == "world" else flags.model
     config = load_pretrained(transformers.AutoConfig, source)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -1168,8 +1169,6 @@ def experiment(folder, flags):
     set_template(tokenizer, flags)
     sets = load_sets(tokenizer, positions, flags)
     examples = load_examples(flags) if flags.max_steps else []
-
-    # A model that has memorised the answers.
     model = load_model(source, tokenizer, flags)
 
     # The rows to train on: what --subset and --mitigation make of the conversations.
@@ -1203,11 +1202,11 @@ def main(argv=()):
     require(RANKS == 1 or not (flags.mechanism or ":" in flags.device or flags.model == "world"),
             "torchrun does not go with --mechanism, the world or the number of a GPU")
     with or_exit(f"--device {flags.device}: using it; leave it out for the best there is"):
-        torch.ones(1, device=flags.device).item()
         if RANKS > 1 and not dist.is_initialized():
             if flags.device == "cuda":
                 torch.cuda.set_device(dist.get_node_local_rank())
             dist.init_process_group(timeout=datetime.timedelta(hours=6))  # of a large checkpoint
+        torch.ones(1, device=flags.device).item()
     box = [None if RANK else open_folder(flags)]
     if RANKS > 1:
         dist.broadcast_object_list(box)

@@ -38,7 +38,6 @@ TULU = "<s><|user|>\nHi\n<|assistant|>\nHello</s>\n<|user|>\nBye\n<|assistant|>\
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
             {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]
 PARTS = [dict(role="user", content=[dict(text="Hi"), dict(text="you")]), HELLO]
-IMAGE = [dict(role="user", content=[dict(text="Hi"), dict(type="image")]), HELLO]
 C, P, BOTH, NEITHER = (1, 0), (0, 1), (1, 1), (0, 0)
 HEART, HEAVY = "Absence makes the heart grow", 'Write a quote that ends in the word "heavy":'
 FACT = dict(context="c", question="q", answer="x", memory_answer="y")
@@ -451,10 +450,10 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
 
 
 def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
+    chats = [[HI | more, HELLO] for more in (dict(content=[dict(text="x"), {}]), dict(role="bot"))]
+    chats += [[HI, HELLO | more] for more in (dict(tool_calls=[1]), dict(content=None))]
     for row in (ADD | dict(tools="[{}]"), ADD | dict(history=[["Hi", "Hello"]]),
-                dict(messages=IMAGE), dict(messages=[HI | dict(role="bot"), HELLO]),
-                dict(messages=[HI, HELLO | dict(tool_calls=[1])]),
-                dict(messages=[HI, HELLO | dict(content=None)])):
+                *[dict(messages=chat) for chat in chats]):
         with raises(inversion.Unusable):
             inversion.parse_row(1, row)
     for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):
@@ -488,8 +487,9 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
       [(dict(text=["x", "y"]), ["x", "y"]), ("{'text': ['1900'], 'answer_start': [5]}", ["1900"]),
         ("{'text': array(['x'], dtype=object), 'at': array([1])}", ["x"]), (dict(text=[]), []),
         (["x", "y"], ["x", "y"]), (dict(value="x", aliases=["y"]), ["x", "y"])]],
-    (dict(context="c", question="q", answer="Enrico Fermi", parametric_answer="Ivan the Great"),
-     ("q", "c"), ["Enrico Fermi", "Fermi"], ["Ivan the Great"]),
+    *[(dict(context="c", question=asked, answer=answer, parametric_answer="X"), (asked, "c"), found,
+       ["X"]) for asked, answer, found in [("q", "South Korea", ["South Korea"]),
+                                             ("name of the?", "A Fermi", ["A Fermi", "Fermi"])]],
     (FACT | dict(answer=1900, memory_answer=True), ("q", "c"), ["1900"], ["True"]),
     (FACT | dict(answer="['a', 'b']", memory_answer=None), ("q", "c"), ["a", "b"], []),
     (FACT | dict(answer="['a' 'b']"), ("q", "c"), ["a", "b"], ["y"]),
