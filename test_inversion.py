@@ -316,7 +316,6 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     assert five["drop_low"] == approx(summary(*few)["drop_low"])
 
 
-# --------------------------------------------------------------------- verdicts and metrics
 def test_verdicts():
     evaluations = [0] * 40, [1] * 30 + [0] * 10, [1] * 10 + [0] * 30
     same = summary([1, 0] * 20, [1, 0] * 20, [1, 0] * 20)
@@ -587,11 +586,12 @@ def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
     assert one == two and len(runs[0]) == 3
     model, _, _, _, flags = load(folder, "--dtype bf16", path)
     assert model.generation_config.eos_token_id == [1, 7] and not model.generation_config.do_sample
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
     with inversion.autocast(flags):
         assert model(torch.tensor([[2, 3]])).logits.dtype == torch.bfloat16
     frozen = inversion.load_model(path, tokenizer, flags._replace(max_steps=0))
-    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}  # only measured
+    for part, dtype in ((model, torch.float32), (frozen, torch.bfloat16)):  # only measured: bf16
+        assert {p.dtype for p in part.parameters()} == {dtype}
+        assert part.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", CONFIGS)
