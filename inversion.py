@@ -627,16 +627,16 @@ def read_rows(name):
     """Rows (dicts) of a short name, address, file, folder or hub id (ID:CONFIGURATION@SPLIT)."""
     source, config, split = os.path.expanduser(SOURCES.get(name, name)), "", ""
     kind = Path(source).suffix
-    with or_exit(f"{name}: reading it; a set is a local file, hub id or one of {list(SOURCES)}"):
+    with or_exit(f"{name}: no file, folder, address, hub id or short name of --help to be read"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
         if kind == ".csv":  # dtype=str would make the empty ones NaN
-            table = pandas.read_csv(source, dtype=object, keep_default_na=False)
+            table = pandas.read_csv(source, dtype=object, keep_default_na=False, index_col=False)
             return table.replace("", None).to_dict("records")
         if kind == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(source).to_pylist()
-        if os.path.isfile(source):
+        if kind.startswith(".json"):
             return read_json(Path(source).read_text(encoding="utf-8-sig"))
         if not os.path.exists(source):
             source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
@@ -980,12 +980,12 @@ def report(state, sets, tokenizer, folder, flags):
         verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
         if not flags.max_steps:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
-            for answered in outcomes.reindex(columns=ANSWERED).fillna("a control").to_numpy()[:8]:
-                print(*answered, sep=" | ")
+            for row in outcomes.reindex(columns=ANSWERED).to_numpy(object, na_value="control")[:8]:
+                print(*row, sep=" | ")
             print(rates(last[name]))
     if flags.max_steps:
-        print("\nrise and drop of context_acc: to and from a peak step that the other half of the"
-              "\nquestions chose; the highest is too high by luck, so drop is not highest - last")
+        print("\nrise, drop (see curve.png): measured at the step where the other half of the"
+              "\nquestions has its peak, as the highest is high by luck: not highest - final")
         print(pandas.DataFrame(verdicts).loc["verdict":].to_string(float_format="{:.3f}".format))
         losses = [step["loss"] for step in state["losses"]]
         if losses[-1] > 2 * losses[0]:
@@ -1012,11 +1012,11 @@ def compare(flags):
     labels = [name for name in [*setting, "set"] if table[name].nunique() > 1] or ["set"]
     groups = table.groupby(labels)
     means = groups.mean(numeric_only=True)
-    if setting["max_steps"] == "0":  # only measured
-        return print(pandas.concat({key: rates(line) for key, line in means.iterrows()}))
+    if set(table["max_steps"]) == {"0"}:  # only measured
+        return print(pandas.concat({k: rates(line) for k, line in means.iterrows()}).to_string())
     means = means.reindex(columns=["start", "highest", "final", "drop"])
     print(means.assign(n=groups.size()).to_string(float_format="{:.2f}".format),
-          "drop: from a peak that other items chose, so not highest - final", sep="\n")
+          "n: runs; drop: from a peak that other items chose, so not highest - final", sep="\n")
     draw_curves(lines, labels, folder.parent / "compare.png")
 
 # ========================================================================= 10. flags and main
@@ -1038,7 +1038,7 @@ FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list take
     ("--lr", 1e-5, "peak learning rate, decays linearly (paper: 1e-4 or 1e-5)"),
     ("--warmup-frac", 0.03, "share of the steps that warm up linearly (paper: 0.03)"),
     ("--activation-checkpointing", False, "recompute activations: less memory, slower"),
-    ("--compile", False, "compile the layers: on a GPU 1.6 times as fast after a minute"),
+    ("--compile", False, "compile the layers: on a GPU 1.6 times as fast, after 20 s"),
     ("--lora-rank", 0, "train adapters of this rank (paper: 128); 0: all weights"),
     ("--checkpoint-every", 0, "optimizer steps between checkpoints; 0: none"),
     ("--resume", False, "go on from the checkpoint in OUT_DIR, with the same flags"),
@@ -1051,7 +1051,7 @@ FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list take
     ("--device", "", "cpu, cuda, cuda:1, mps; left out: the best there is"),
     ("--dtype", ("auto", "bf16", "fp32"), "arithmetic; auto: bf16 autocast on a GPU that has it"),
     ("--seed", 0, "order of the rows and every random draw"),
-    ("--out-dir", "", "new folder for the run; left out: runs/ and what is done to the rows"),
+    ("--out-dir", "", "folder for the run (-2, -3 if taken); left out: runs/none, runs/filter, .."),
     ("--save-model", False, "write the finetuned model to OUT_DIR/model")]
 WORLD_FLAGS = {  # defaults with --model world
     "dataset": "rows", "eval_set": ["world", "world_agreeing", "world_reading"], "device": "cpu",

@@ -562,7 +562,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
         server.shutdown()
     told.append(refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of()))
     assert "404" in told[0] and told[1].count("\n") == 1  # by then nobody listens
-    assert all(f"error: {address}/none.json: reading it; a set is a local f" in t for t in told)
+    assert all(f"error: {address}/none.json: no file, folder, address" in t for t in told)
 
 
 def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
@@ -701,7 +701,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
                   "--eval-limit 4 --num-examples 8 --epochs 0.5 --max-steps 99")
     assert [(line["set"], line["n"]) for line in history] == [("squad", 4), ("conflicts", 4)] * 2
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
-    told = capsys.readouterr().out.partition("\nrise and drop of context_acc")[2]
+    told = capsys.readouterr().out.partition("\nrise, drop (see curve.png)")[2]
     assert "n_known" not in told and history[-1]["step"] == 1
     assert re.findall(r"^(\w+) .* no change shown", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
@@ -721,7 +721,7 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     assert told.count("context_answer parametric_answer text") == 4
     assert "verdict" not in told and "curve" not in told
     assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
-    assert "\nWhen was 50? | 0 | a control | " in told and not list(tmp_path.glob("*/curve.png"))
+    assert "\nWhen was 50? | 0 | control | " in told and not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
     inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox"))
@@ -995,15 +995,15 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
     file(tmp_path / "a_run/args.json", "[1")
     chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
     cases = [  # flags, parts of what is told
-        ("--dataset nosuchname", "nosuchname: reading it; a set is a local file"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: reading it*NotFound"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: reading it"), ("--lr x", "--lr: inv"),
-        (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: reading it*JSONDecodeError"),
+        ("--dataset nosuchname", "nosuchname: no file, folder, address"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: no file*No such file"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: no file"), ("--lr x", "--lr: inv"),
+        (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: no file*JSONDecodeError"),
         (f"{chats} --subset context", "no usable row; chats mark no context"),
         (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
          "all of it is evaluated"), ("--subset x", "--subset: invalid choice"),
-        ("--eval-set no/such-set:main@test", "no/such-set:main@test: reading it"),
+        ("--eval-set no/such-set:main@test", "no/such-set:main@test: no file"),
         (f"--model {tmp_path}/gone", "gone: no folder*or hub id to be read"),
         ("--model no/such-model", "no/such-model: no folder*or hub id"),
         ("--model a_run", "a_run: no folder (of a run: OUT_DIR/model)"),
@@ -1018,7 +1018,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
     for i, (flag, rows, told) in enumerate([  # told after the name of the file; texts are JSONL
         ("dataset", json.dumps(ADD) + '\n{"instruction": "a"}',
          ", row 2 (ValueError: has ['instruction']; *lacks {'output'}"), ("dataset", "\n", no_row),
-        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": reading it*line 2"),
+        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": no file*line 2"),
         ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; for the nearest"),
         ("dataset", [dict(messages=[HI | dict(role="bot"), HELLO])], no_row),
         ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], no_row),
