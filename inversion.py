@@ -944,8 +944,8 @@ HEAD = """known: items that the base answers from memory, in the template or to 
 def table_row(line):
     """One row of the table that stands under HEAD."""
     row = "{step:6} {short:14} {loss:7.3f} {context_acc:11.3f}"
-    if "margin" in line:
-        row += " {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f} {n_known:5}"
+    row += (" {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f} {n_known:5}"
+            if "margin" in line else " control: no memory")
     return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
 
 ANSWERED = ["group", "context_answer", "parametric_answer", "text"]

@@ -718,7 +718,7 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
-    assert told.count("context_answer parametric_answer text") == 4
+    assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count(" control: no")
     assert "verdict" not in told and "curve" not in told
     assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
     assert "\nWhen was 50? | 0 | control | " in told and not list(tmp_path.glob("*/curve.png"))
