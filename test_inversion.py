@@ -688,8 +688,7 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
 
 
 def test_a_curve_ends_with_its_run(tmp_path):
-    lines = [dict(step=step, set=end, context_acc=step, margin=0)
-             for end in (2, 4) for step in (0, end // 2, end)]
+    lines = [dict(step=i, set=n, context_acc=i, margin=0) for n in (2, 4) for i in (0, n // 2, n)]
     inversion.draw_curves(lines, ["set"], tmp_path / "curve.png")
     drawn = [list(map(float, line.get_ydata())) for line in matplotlib.pyplot.gca().lines]
     assert str(drawn) == "[[0.0, 1.0, 2.0, nan], [0.0, 1.0, 2.0, 4.0]]"
@@ -718,7 +717,7 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
-    assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count(" control: no")
+    assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count("control: no")
     assert "verdict" not in told and "curve" not in told
     assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
     assert "\nWhen was 50? | 0 | control | " in told and not list(tmp_path.glob("*/curve.png"))
@@ -987,11 +986,13 @@ def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):
 
 def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(folder / "llama")
-    bert, nan = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)), load(folder)[0]
+    nan, theirs, *_ = load(folder)
     nan.model.norm.weight.data[3] = float("nan")
-    for name, *parts in [("bert", bert, theirs), ("nan", nan, theirs), ("a_run", nan)]:
-        save(tmp_path / name, *parts)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+    few = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES | dict(vocab_size=99)))
+    for name, model in dict(bert=bert, nan=nan, few=few).items():
+        save(tmp_path / name, model, theirs)
+    save(tmp_path / "a_run", nan)
     file(tmp_path / "a_run/args.json", "[1")
     chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
     cases = [  # flags, parts of what is told
@@ -1006,7 +1007,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         ("--eval-set no/such-set:main@test", "no/such-set:main@test: no file"),
         (f"--model {tmp_path}/gone", "gone: no folder*or hub id to be read"),
         ("--model no/such-model", "no/such-model: no folder*or hub id"),
-        ("--model a_run", "a_run: no folder (of a run: OUT_DIR/model)"),
+        ("--model a_run", "a_run: no*OUT_DIR/model"), ("--model few", "few: *an embedding for"),
         ("--model bert", "is no causal LM"), ("--model nan", "nan: is no*has NaN"),
         *[(f"--compare {name}", "none of these is a finished run") for name in ("gone", "a_run")],
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
@@ -1042,8 +1043,7 @@ def test_readme_commands_parse_and_help_names_every_flag(capsys):
     texts = Path(__file__).with_name("README.md").read_text(encoding="utf-8") + inversion.__doc__
     commands = re.findall(r"inversion\.py( --[^\n#`]*)", texts.replace("\\\n", " "))
     assert len(commands) > 8 and any("--mechanism" in command for command in commands)
-    for command in commands:
-        inversion.parse_flags(shlex.split(command))
+    list(map(inversion.parse_flags, map(shlex.split, commands)))
     with raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
