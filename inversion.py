@@ -176,11 +176,12 @@ def to_item(conflict, tokenizer, max_length):
 def generate(model, tokenizer, prompts, flags):
     """Greedy answers (texts) to prompts (lists of token ids), in left-padded batches."""
     def answer(batch):
-        inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
+        ids = pad_sequence([torch.tensor(prompt) for prompt in batch], batch_first=True,
+                           padding_value=-1, padding_side="left").to(model.device)
         with autocast(flags):  # generate waits for other ranks of its own accord
-            out = model.generate(**inputs.to(model.device), max_new_tokens=flags.max_new_tokens)
-        width = inputs.input_ids.shape[1]
-        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            out = model.generate(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(),
+                                 max_new_tokens=flags.max_new_tokens)
+        return tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
 
     return in_batches(answer, prompts, flags, "answers", room=flags.max_new_tokens)
 
@@ -388,7 +389,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
     added = [Example("added", question_and_answer(c.question, c.context_answers[0]), c.context)
              for c in load_conflicts(flags.counterfactual_data, flags)]
     free = not_naming(added, sets)
-    require(free, f"--counterfactual-data {flags.counterfactual_data}: all of it is evaluated")
+    require(free, "--counterfactual-data: all of it is evaluated")
     count = min(len(examples) // 10, len(free))
     return examples + random.Random(flags.seed).sample(free, count)
 
@@ -748,7 +749,6 @@ def set_template(tokenizer, flags):
     """Give the tokenizer the chat_template of --template; a saved model carries it on."""
     user, _ = question_and_answer("Hi", "Hello")
     require(tokenizer.eos_token, "--model: its tokenizer has no EOS token, to end answers with")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with or_exit("--template auto does not work with this tokenizer; try --template tulu"):
         if flags.template != "auto" or not tokenizer.chat_template:
             tokenizer.chat_template = TULU

@@ -50,8 +50,8 @@ def tokenizer():
     bpe.train_from_iterator(texts, 420, 0, special_tokens=["<s>", "</s>"], show_progress=False)
     bpe.post_processor = tokenizers.processors.TemplateProcessing(  # BOS first, as Llama's
         single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(  # the models have no embedding for [PAD]
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="[PAD]")
 
 
 @pytest.fixture(scope="session")
