@@ -491,7 +491,7 @@ def summarise(outcomes):
              "verdict": "no change shown"}
     by_group = outcomes.pivot_table(index="group", columns="step", values="context_acc")
     if len(by_group) < 6:
-        return found
+        return found | {"verdict": "too few groups"}
     one, other = by_group[::2], by_group[1::2]
     at_peak = pandas.concat([one[other.mean().idxmax()], other[one.mean().idxmax()]])
     student_t = 1.96 + 2.9 / (len(by_group) - 1)  # to 1%, for six groups and more

@@ -324,7 +324,7 @@ def test_verdicts():
     cases = [(same, "no change shown"), (summary([0] * 40, [1, 0] * 20), "a rise"),
              (summary([1] * 40, [1, 0] * 20), "a fall"),  # from the start: no inversion
              (summary(*evaluations), "inversion"), (summary(*evaluations, control=True), "both"),
-             (five, "no change shown"), (six, "inversion")]  # many items, few groups
+             (five, "too few groups"), (six, "inversion")]  # many items, few groups
     assert [found["verdict"] for found, _ in cases] == [verdict for _, verdict in cases]
 
 
@@ -702,7 +702,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
     told = capsys.readouterr().out.partition("\nrise, drop (see curve.png)")[2]
     assert "n_known" not in told and history[-1]["step"] == 1
-    assert re.findall(r"^(\w+) .* no change shown", told, re.M) == ["verdict"]
+    assert re.findall(r"^(\w+) .* too few groups", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
     assert "7 of 9, 7 rows" in capsys.readouterr().out and [o["step"] for o in history] == [0, 2]
     csv = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
