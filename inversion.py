@@ -390,8 +390,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
              for c in load_conflicts(flags.counterfactual_data, flags)]
     free = not_naming(added, sets)
     require(free, "--counterfactual-data: all of it is evaluated")
-    count = min(len(examples) // 10, len(free))
-    return examples + random.Random(flags.seed).sample(free, count)
+    return examples + random.Random(flags.seed).sample(free, min(len(examples) // 10, len(free)))
 
 CALENDAR = set("""January February March April May June July August September October November
     December Monday Tuesday Wednesday Thursday Friday Saturday Sunday""".split())
@@ -484,8 +483,8 @@ def summarise(outcomes):
     """What context_acc of a set did, from a table of all outcomes. A group, the items that share a
     question, counts as one. Groups are dealt into halves; a group's peak is its value at the step
     where the OTHER half is highest, as its own highest would be too high by luck. rise, drop: mean
-    over groups of peak - first evaluation, peak - last. Intervals: Student's t, 95%; with fewer
-    than six groups nothing is shown."""
+    over groups of peak - first evaluation, peak - last. Intervals: Student's t, 95%; fewer than six
+    groups are too few for them."""
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "highest": accs.max(), "final": accs.iloc[-1],
              "verdict": "no change shown"}
@@ -502,8 +501,8 @@ def summarise(outcomes):
     if found["rise_low"] > 0:
         found["verdict"] = "a rise"
     if found["drop_low"] > 0:
-        both = "inversion" if "margin" in outcomes else "both"  # a control has no margin
-        found["verdict"] = both if found["rise_low"] > 0 else "a fall"
+        after_a_rise = "inversion" if "margin" in outcomes else "both"  # a control has no margin
+        found["verdict"] = after_a_rise if found["rise_low"] > 0 else "a fall"
     return found
 
 # ================================================================== 6. the built-in world
@@ -637,7 +636,7 @@ def read_rows(name):
         if kind == ".parquet":
             import pyarrow.parquet
             return pyarrow.parquet.read_table(source).to_pylist()
-        if kind.startswith(".json"):
+        if kind.startswith(".json") or os.path.isfile(source):  # of another name, or an address
             return read_json(Path(source).read_text(encoding="utf-8-sig"))
         if not os.path.exists(source):
             source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
@@ -723,7 +722,6 @@ def parse_row(number, row):
         cells = quote, f"{instruction}:", endings[odd], endings[1 - odd]
     (question,), context, answers, memory = map(as_texts, cells)
     messages = question_and_answer(question, "".join(answers[:1]))
-
     if "system" in keys and any(memory):
         messages.insert(0, {"role": "system", "content": memory.pop()})
     if "answer" in keys:  # the paper's facts and biographies
@@ -1089,8 +1087,8 @@ def parse_flags(argv=()):
 
 def load_pretrained(auto, source, **how):
     """What `auto` reads from a hub id or folder, without running any of its code."""
-    adapter = Path(source, "adapter_config.json")
-    require(not adapter.exists(), f"--model: {adapter} is of an adapter; merge it or move it away")
+    require(not Path(source, "adapter_config.json").exists(),
+            "--model: its adapter_config.json is of an adapter; merge it or move the file away")
     with or_exit(f"--model {source}: no folder (of a run: OUT_DIR/model) or hub id to be read"):
         return auto.from_pretrained(source, trust_remote_code=False, **how)
 

@@ -538,16 +538,16 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
     table.to_parquet(tmp_path / "hub/train.parquet")  # a folder as downloaded from the hub
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file(tmp_path / "r.jsonl", "\ufeff" + "\n\n".join(lines) + "\n")
-    file(tmp_path / "r.json", json.dumps(rows, indent=1))
+    file(tmp_path / "r", json.dumps(rows, indent=1))  # JSON of any name
     file(tmp_path / "c.json", CONFLICTS)
     table.to_json(tmp_path / "a@b [1]/r@[x].json", lines=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     wanted = [[*inversion.parse_row(i, row)[:3]] for i, row in enumerate(rows, 1)]
     assert wanted[1][0].messages[0]["content"] == "b\u2028c"
-    files = ["r.json", "r.jsonl", "r.csv", "r.parquet"]
+    files = ["r", "r.jsonl", "r.csv", "r.parquet"]
     for name in [*files, "hub", "hub@train", "a@b [1]/r@[x].json"]:
         assert inversion.load_rows(str(tmp_path / name), flags_of()) == wanted, name
-    assert inversion.load_rows("~/r.json", flags_of()) == wanted
+    assert inversion.load_rows("~/r", flags_of()) == wanted
     monkeypatch.setitem(sys.modules, "aiohttp", None)  # cannot be imported; datasets would need it
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     monkeypatch.setattr(handler.func, "log_message", mock.Mock())
