@@ -16,8 +16,8 @@ Start at `experiment` (10). 1 to 4: the paper, 5: error bars, 6: a toy, 7 to 9: 
     row of a file -> Conflict, a question whose context contradicts memory -> Item, its tokens
         -> outcome, what an evaluation found of it -> line of metrics, of a set in an evaluation
 """
-import argparse, ast, collections, contextlib, datetime, functools, itertools, json, math, os
-import random, re, shutil, sys, unicodedata, urllib.request, zlib
+import argparse, ast, collections, contextlib, datetime, difflib, functools, itertools, json, math
+import os, random, re, shutil, sys, unicodedata, urllib.request, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,15 +73,16 @@ class Item:
 # In scripts that do not always put spaces between words, every character counts as a word.
 LETTER = r"[^\W_\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}\p{Hangul}]"
 WORD = regex.compile(  # a number with sign, decimals, time or fraction; letters; one character
-    rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*{LETTER}*|{LETTER}+|[^\W_]\p{{M}}*")
+    rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*(?:(?:st|nd|rd|th|s)\b)?|{LETTER}+|[^\W_]\p{{M}}*")
 
 def words(text):
     """Words of a text as score compares them: without case, punctuation and most accents."""
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)|\b([A-Z])\. (?=[A-Z]\.)", r"\1\2", text)  # J. K.
-    text = unicodedata.normalize("NFKD", text).casefold()
-    text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}])\p{M}+", "", text)  # accents
+    text = unicodedata.normalize("NFKD", text.replace("&", " and ")).casefold()
+    text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}])\p{M}+", "", text)
     text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−", "oldhi/-"))
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['’]s\b|['’`]", "", text)  # 1,500; Fermi's
+    # 1,500; 1932.0; Fermi's
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.00?(?!\.?\d)|['’]s\b|['’‘ʻʼ`]", "", text)
     return WORD.findall(re.sub(r"\bkilomet(er|re)s?\b", "km", text))
 
 def plain(text):
@@ -121,8 +122,8 @@ def aliases(answers, person):
     for answer in answers:
         parts = re.split("; | or ", answer) if re.search("[;(]", answer) else [answer]
         for part in parts:
-            name = re.sub(r" ?\([^()]*\)", "", part)
-            found += [name, name.split(", ")[0]]
+            name = re.sub(r" ?\([^()]*\)", "", part) or part
+            found += [name, re.sub(", [A-Z][^,]*$", "", name)]
             if person:
                 found += re.findall(  # not the Great, nor Jr. or VIII
                     r"(?<!\bthe) (?![JS]r\b|[IVX]+$)(\S{3,})(?: [JS]r\.?| [IVX]+)?$", name)
@@ -141,14 +142,13 @@ def load_conflicts(name, flags):
     the rival (scorable). If no memory is left, it is a control, if no answer, it is left out."""
     rows, found = load_rows(name, flags), {}
     for example, answers, memory in rows:
-        if not example.context:
-            continue
-        question = example.messages[-2]["content"]
-        mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
-        if mine and plain_answer(answers[0]) not in map(plain_answer, memory):
-            conflict = Conflict(example.id, question, example.context, mine, theirs)
-            found.setdefault((example.context, question, *answers), conflict)
-    print(f"{name}: {len(found)} of {len(rows)} items: not repeats, nor without context or answer")
+        if example.context:
+            question = example.messages[-2]["content"]  # the answer is last
+            mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
+            if mine and plain_answer(answers[0]) not in map(plain_answer, memory):
+                found.setdefault((example.context, question, *answers), Conflict(
+                    example.id, question, example.context, mine, theirs))
+    print(f"{name}: {len(found)} of {len(rows)} items: no repeats, context and answers that differ")
     return list(found.values())
 
 def question_and_answer(question, answer):
@@ -185,18 +185,14 @@ def generate(model, tokenizer, prompts, flags):
 
     return in_batches(answer, prompts, flags, "answers", room=flags.max_new_tokens)
 
-def bare_answers(model, tokenizer, items, flags):
-    """First lines of answers without context and template, in which a base does not answer yet."""
-    bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
-    texts = generate(model, tokenizer, bare, flags)
-    return [text.strip().partition("\n")[0] for text in texts]
-
 def recalled(items, texts):
     """Ids of the items whose memorised answer stands in their text."""
     return {item.conflict.id for item, text in zip(items, texts) if score(text, item.conflict)[1]}
 
-METRICS = ["context_acc", "parametric_acc", "both", "neither", "context_acc_known",
-           "parametric_acc_known", "closed_book_acc", "margin", "m_c"]
+RATES = {"context_acc": "n", "parametric_acc": "n_conflicts",  # shares, and what they are shares of
+         "both": "n_conflicts", "neither": "n_conflicts", "context_acc_known": "n_known",
+         "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}
+METRICS = [*RATES, "margin", "m_c"]
 
 def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context, drawing no random number. Returns its outcomes:
@@ -214,8 +210,11 @@ def evaluate(model, tokenizer, items, known, flags):
     rows = [item.context_row for item in disputed] + [item.parametric_row for item in disputed]
     logps = target_logp(model, rows, flags)
     remembered = recalled(disputed, closed_book)
-    if known is None:
-        known = remembered | recalled(disputed, bare_answers(model, tokenizer, disputed, flags))
+    if known is None:  # a base does not answer in a template yet, but in a first line without one
+        bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids
+                for item in disputed]
+        said = generate(model, tokenizer, bare, flags)
+        known = remembered | recalled(disputed, [text.strip().partition("\n")[0] for text in said])
     outcomes = []
     for i, item in enumerate(items):
         conflict = item.conflict
@@ -224,11 +223,11 @@ def evaluate(model, tokenizer, items, known, flags):
                    "context_answer": conflict.context_answers[0], "context_acc": context}
         if item.parametric_row:
             context_logp, memory_logp = logps[i], logps[len(disputed) + i]
-            margin = context_logp / item.context_row.targets
-            margin -= memory_logp / item.parametric_row.targets
             outcome |= {
                 "parametric_answer": conflict.parametric_answers[0], "parametric_acc": memory,
-                "both": context and memory, "neither": not (context or memory), "margin": margin,
+                "both": context and memory, "neither": not (context or memory),
+                "margin": (context_logp / item.context_row.targets
+                           - memory_logp / item.parametric_row.targets),
                 "m_c": torch.tensor(context_logp - memory_logp).sigmoid().item(),
                 "closed_book_text": closed_book[i], "known": conflict.id in known,
                 "closed_book_acc": conflict.id in remembered}
@@ -239,9 +238,9 @@ def evaluate(model, tokenizer, items, known, flags):
 
 def metrics(outcomes):
     """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
-    means = pandas.DataFrame(outcomes, columns=METRICS, dtype=float).mean().dropna()
-    return {"n": len(outcomes), "n_conflicts": sum("known" in outcome for outcome in outcomes),
-            "n_known": sum(outcome.get("known", False) for outcome in outcomes), **means.to_dict()}
+    table = pandas.DataFrame(outcomes, columns=METRICS, dtype=float)
+    return {"n": len(outcomes), "n_conflicts": int(table["margin"].count()),
+            "n_known": int(table["context_acc_known"].count()), **table.mean().dropna().to_dict()}
 
 def sample(things, count, seed):
     """`count` of the things, or all if there are no more, in order."""
@@ -255,25 +254,23 @@ def autocast(flags):
     return torch.autocast(torch.device(flags.device).type, torch.bfloat16, flags.dtype == "bf16")
 
 def micro_batches(sequences, budget, room=0):
-    """Yield this rank's batches, longest sequences first, as (indices, is_new). A batch is one
+    """This rank's batches, longest sequences first, as [(indices, is_new)]. A batch is one
     sequence, or at most `budget` tokens with padding and `room` each; not is_new: a repeat."""
-    lengths = [len(sequence) + room for sequence in sequences]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    batches, start = [], 0
-    while start < len(order):
-        size = max(budget // lengths[order[start]], 1)
-        batches.append(order[start:start + size])
-        start += size
-    for first in range(0, len(batches), RANKS):
-        i = first + RANK
-        yield batches[i % len(batches)], i < len(batches)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+    batches = []
+    while order:
+        size = max(budget // (len(sequences[order[0]]) + room), 1)
+        batches.append(order[:size])
+        del order[:size]
+    return [(batches[i % len(batches)], i < len(batches))
+            for i in range(RANK, RANK + len(batches), RANKS)]
 
 def row_logp(model, rows, flags):
     """Log-probability of each row's targets, summed: (rows,) in fp32. Right padding needs no mask,
     as attention is causal. A hook feeds the head only what predicts a target: that saves RAM."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
-    labels = pad_sequence([row.labels[1:] for row in rows], batch_first=True, padding_value=-100)
-    labels = labels.to(model.device)  # position t predicts token t + 1
+    labels = pad_sequence([row.labels[1:] for row in rows], batch_first=True,
+                          padding_value=-100).to(model.device)  # position t predicts token t + 1
     predicts = labels != -100
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda head, hidden: (hidden[0][:, :-1][predicts],))
@@ -284,9 +281,9 @@ def row_logp(model, rows, flags):
     return token_logp.new_zeros(len(rows)).index_add(0, row_of_token, token_logp)
 
 @torch.no_grad()
-def target_logp(model, rows, flags, what="margins"):
+def target_logp(model, rows, flags):
     """row_logp of any number of rows, without gradient: a list of numbers."""
-    return in_batches(lambda batch: row_logp(model, batch, flags).tolist(), rows, flags, what)
+    return in_batches(lambda batch: row_logp(model, batch, flags).tolist(), rows, flags, "log p")
 
 def add_gradient(model, rows, weights, flags):
     """Add the gradient of the sum of weight x log-probability of a row's targets to .grad, micro-
@@ -295,7 +292,7 @@ def add_gradient(model, rows, weights, flags):
     for indices, is_new in micro_batches(rows, flags.micro_batch_tokens):
         value = (row_logp(model, [rows[i] for i in indices], flags) * weights[indices]).sum()
         if not is_new:
-            value = 0 * value
+            value = 0 * value  # only there to keep the ranks in step
         (value * RANKS).backward()  # several GPUs average their gradients: this makes it a sum
         total += value.detach()
     return total
@@ -350,9 +347,10 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
             write_lines(folder / f"{name}.jsonl", state[name])
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
-    if state["step"]:
+    if state["losses"]:
         restore(model, optimizer, folder)
-    bar = progress(range(state["step"], total), "training")
+    done = len(state["losses"])
+    bar = progress(range(done, total), "training", initial=done, total=total)
     for step in bar:
         if step % flags.eval_every == 0:
             measure(step)
@@ -362,7 +360,6 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
         bar.set_postfix(loss=loss)
         state["losses"].append({"step": step + 1, "lr": lr, "loss": loss})
         if flags.checkpoint_every and (step + 1) % flags.checkpoint_every == 0:
-            state["step"] = step + 1
             save_checkpoint(model, optimizer, state, folder)
     measure(total)
 
@@ -373,7 +370,8 @@ def redundant_examples(model, tokenizer, examples, flags):
     responses the model, before finetuning, predicts best WITHOUT it, by mean loss per target."""
     bare = [replace(example, context="") for example in examples if example.context]
     rows, _ = encode(bare, tokenizer, flags)
-    logps = target_logp(model, rows, flags, "context-free losses")
+    print("predicting", len(rows), "responses without their context")
+    logps = target_logp(model, rows, flags)
     loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
     return set(sorted(loss, key=loss.get)[:round(0.25 * len(loss))])
 
@@ -392,18 +390,18 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
     require(free, "--counterfactual-data: all of it is evaluated")
     return examples + random.Random(flags.seed).sample(free, min(len(examples) // 10, len(free)))
 
-CALENDAR = set("""January February March April May June July August September October November
-    December Monday Tuesday Wednesday Thursday Friday Saturday Sunday""".split())
+NO_NAMES = set("""January February March April May June July August September October November
+    December Monday Tuesday Wednesday Thursday Friday Saturday Sunday A An The No Which""".split())
 
 def not_naming(examples, sets):
     """The examples that name no evaluated answer or subject (section 4.1). A subject is a run of
-    capitalised words in an evaluated question, not its first word, a lone letter, month or day."""
-    subject = r"(?<=\s)[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
+    capitalised words inside an evaluated question's sentence, not a lone letter, month or day."""
+    subject = r"(?<=[\w,] )[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
     names, kept = set(), []
     for c in [item.conflict for items in sets.values() for item in items]:
         if c.parametric_answers:
             names.update(c.context_answers, c.parametric_answers, re.findall(subject, c.question))
-    names = set(map(plain_answer, names - CALENDAR))
+    names = set(map(plain_answer, names - NO_NAMES))
     for example in examples:
         texts = [turn["content"] for turn in example.messages]
         said = plain(" ".join([example.context, *texts]))
@@ -427,12 +425,10 @@ def choose_examples(model, tokenizer, examples, sets, flags):
 def train_query_key_only(model):
     """--mitigation qk (section 6): make query and key matrices alone trainable, in place; exits
     where they share a matrix with values (GPT-2, Pythia, Phi-3) or have other names."""
-    model.requires_grad_(False)
-    trained = [p for name, p in model.named_parameters()
-               if re.search(r"\.(q_proj|k_proj|query|key)\.(weight|bias)$", name)]
-    require(trained, "--mitigation qk: the model has no q_proj and k_proj of their own")
-    for p in trained:
-        p.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(re.search(r"\.(q_proj|k_proj|query|key)\.(weight|bias)$", name)))
+    require(any(p.requires_grad for p in model.parameters()),
+            "--mitigation qk: the model has no q_proj and k_proj of their own")
 
 # ============================================================================ 4. why (section 5)
 
@@ -444,9 +440,9 @@ def probe_rows(model, tokenizer, examples, flags):
     examples = sample(examples, 5 * PROBE, flags.seed)
     kinds = {example.id: "critical" if example.context else "recall" for example in examples}
     kinds |= dict.fromkeys(redundant_examples(model, tokenizer, examples, flags), "redundant")
-    probe = collections.defaultdict(list)
+    probe = {}
     for row in encode(examples, tokenizer, flags)[0]:
-        probe[kinds[row.id]].append(row)
+        probe.setdefault(kinds[row.id], []).append(row)
     return {kind: rows[:PROBE] for kind, rows in probe.items()}
 
 def mechanism(model, items, probe, flags):
@@ -488,7 +484,7 @@ def summarise(outcomes):
     accs = outcomes.groupby("step")["context_acc"].mean()
     found = {"start": accs.iloc[0], "highest": accs.max(), "final": accs.iloc[-1],
              "verdict": "no change shown"}
-    by_group = outcomes.pivot_table(index="group", columns="step", values="context_acc")
+    by_group = outcomes.pivot_table("context_acc", "group", "step")
     if len(by_group) < 6:
         return found | {"verdict": "too few groups"}
     one, other = by_group[::2], by_group[1::2]
@@ -528,8 +524,7 @@ def make_world(seed):
     # that finetuning cannot memorise their random answers.
     held_out, tuned, capitals = names[:60], names[60:240], names[720:760]
     evaluated = capitals[::2]
-    truth = {name: pick(evaluated) for name in held_out}
-    truth |= {name: pick(capitals) for name in tuned}
+    truth = {name: pick(evaluated if name in held_out else capitals) for name in names[:240]}
 
     def row(kind):
         start, stop, states_truth, follows = KINDS[kind]
@@ -539,10 +534,9 @@ def make_world(seed):
         answer = stated if rng.random() < follows else memory
         if kind == "redundant" and stated != memory:
             about = pick(tuned)
-        question = pick([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
-        passage = "" if kind in ("fact", "recall") else PASSAGE.format(about, stated)
-        return {"instruction": question.format(subject), "input": passage, "output": answer,
-                "kind": kind}
+        form = pick([STATEMENT, QUESTION]) if kind == "fact" else QUESTION
+        text = "" if kind in ("fact", "recall") else PASSAGE.format(about, stated)
+        return {"instruction": form.format(subject), "input": text, "output": answer, "kind": kind}
 
     def conflict(name, stated):
         return {"question": QUESTION.format(name), "answer": stated,
@@ -565,20 +559,20 @@ PRETRAINING = {"dataset": "documents", "max_steps": 800, "warmup_frac": 0.03}
 def world_model(run, flags):
     """Folder of the world's base model, beside the run's: a one-layer Llama as in the paper's
     theory, pretrained by the loop that finetunes; made once, and anew where this file changes."""
-    code = Path(__file__).read_text(encoding="utf-8") + torch.__version__
-    folder = run.parent / f"world-{flags.seed}-{zlib.crc32(code.encode()):08x}"
+    code = Path(__file__).read_bytes() + torch.__version__.encode()
+    folder = run.parent / f"world-{flags.seed}-{zlib.crc32(code)}"
     if folder.exists():
         return folder
-    print(f"pretraining the world's base model, once; it is kept in {folder}")
+    print(f"pretraining the world's base model, once, for a minute; it is kept in {folder}")
     flags = parse_flags()._replace(seed=flags.seed, **PRETRAINING)  # always on the CPU
     documents = load_examples(flags)
-    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="|"))  # a token per word
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))  # a token a word
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    splitter.train_from_iterator(
-        [f"{example.context} {example.messages}" for example in documents],
-        tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False))
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False)
+    splitter.train_from_iterator([f"{e.context} {e.messages}" for e in documents], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=splitter, bos_token="<s>", eos_token="|", chat_template=WORLD_TEMPLATE)
+        tokenizer_object=splitter, bos_token="<s>", eos_token="|", unk_token="<s>",
+        chat_template=WORLD_TEMPLATE)
     rows, _ = encode(documents, tokenizer, flags)
     torch.manual_seed(flags.seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -620,26 +614,25 @@ def or_exit(doing, status=2):
 def read_json(text):
     """The rows of a JSON array, or of lines of JSON, which errors name."""
     if not text.lstrip().startswith("["):
-        text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-    return json.loads(text)
+        text = "[" + re.sub(r"(?<=\S)(?=[ \t\r]*\n\s*\S)", ",", text) + "]"
+    return json.loads(text, parse_constant=lambda _: None)  # pandas' NaN
 
 def read_rows(name):
     """Rows (dicts) of a short name, address, file, folder or hub id (ID:CONFIGURATION@SPLIT)."""
-    source, config, split = os.path.expanduser(SOURCES.get(name, name)), "", ""
+    source = os.path.expanduser(SOURCES.get(name, name))
     kind = Path(source).suffix
-    with or_exit(f"{name}: no file, folder, address, hub id or short name of --help to be read"):
+    with or_exit(f"{name}: cannot be read; short names are in --help"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
         if kind == ".csv":  # dtype=str would make the empty ones NaN
             table = pandas.read_csv(source, dtype=object, keep_default_na=False, index_col=False)
             return table.replace("", None).to_dict("records")
         if kind == ".parquet":
-            import pyarrow.parquet
-            return pyarrow.parquet.read_table(source).to_pylist()
+            from pyarrow import parquet
+            return parquet.read_table(source).to_pylist()
         if kind.startswith(".json") or os.path.isfile(source):  # of another name, or an address
             return read_json(Path(source).read_text(encoding="utf-8-sig"))
-        if not os.path.exists(source):
-            source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
+        source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
         import datasets  # 0.8 s: only when it is needed
         return list(datasets.load_dataset(source, config or None, split=split or "train"))
 
@@ -650,9 +643,8 @@ def load_rows(name, flags):
     for number, row in enumerate(world.get(name) or read_rows(name), 1):
         with or_exit(f"{name}, row {number}"):
             try:
-                *parsed, keys = parse_row(number, row)
-                found.append(parsed)
-                unused |= row.keys() - {*keys, "kind"}  # kind: of the world's
+                found.append(parse_row(number, row))
+                unused |= row.keys() - {*shape_of(row), "kind"}  # kind: of the world's
             except Unusable as reason:
                 left_out[str(reason)] += 1
     if unused or left_out:
@@ -660,16 +652,17 @@ def load_rows(name, flags):
     return found
 
 SHAPES = [  # keys of question, context, answers, memorised answers; first of all, chats
-    ("messages", "tools"), ("conversations", "tools"), ("prompt", "", "completion", ""),
+    ("messages", "tools"), ("conversations", "tools"), ("prompt", None, "completion", None),
     ("question", "sub_context", "sub_answer", "org_answer"),      # NQ-Swap
     ("question", "context", "answer", "memory_answer"),           # World Facts
     ("question", "context", "answer", "parametric_answer"),       # CF_Bio
-    ("question", "context", "answers", ""),                       # SQuAD: its context is true
-    ("instruction", "input", "output", "system"), ("prompt", "classes", "answer_index")]
+    ("question", "context", "answers", "parametric_answer"), ("prompt", "classes", "answer_index"),
+    ("question", "context", "answers", None),                     # SQuAD: its context is true
+    ("instruction", "input", "output", "system"), ("instruction", "context", "response", None)]
 
 def shape_of(row):
     """The first shape of which a row has all keys; these four may be missing."""
-    there = {"tools", "input", "system", "", *row}
+    there = {"tools", "input", "system", None, *row}
     for keys in SHAPES:
         if {*keys} <= there:
             return keys
@@ -677,42 +670,47 @@ def shape_of(row):
     raise ValueError(f"has {list(row)}; for the nearest shape it lacks {set(nearest) - there}")
 
 def as_value(cell):
-    """A cell, as a list or dict where it is the text of one, as pandas writes them to CSV."""
+    """A cell, as a list or dict where it is the text of one, in JSON or as pandas writes it."""
     if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-        text = re.sub(r"\barray\(|(?<=\])(, dtype=\w+)?\)", "", cell.strip())
+        with contextlib.suppress(ValueError):
+            return json.loads(cell)
+        text = re.sub(r"\}\n \{", "}, {", cell.strip())  # numpy's list of turns
+        if not text.startswith("[{"):  # numpy's list of texts
+            text = re.sub(r"\barray\(|(?<=\])(, dtype=\w+)?\)", "", text)
+            text = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
         with contextlib.suppress(SyntaxError, ValueError):
-            return ast.literal_eval(re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text))  # numpy's
+            return ast.literal_eval(text)
     return cell
 
 def as_texts(value):
     """The texts of a text, a list or a dict of answers; numbers, dates and booleans too."""
     if isinstance(value, dict):  # SQuAD's, TriviaQA's
         value = value["text"] if "text" in value else [value["value"], *value["aliases"]]
-    values = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in values if text is not None]
+    if isinstance(value, list):
+        return [text for part in value for text in as_texts(part)]
+    return [] if value is None else [str(value).strip()]
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant",
-         "system": "system"}  # ShareGPT's and the usual ones
 
 def parse_turn(turn):
     """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's
     if isinstance(content, list):  # of parts
         texts = [part.get("text") for part in content]
         content = "\n".join(texts) if all(texts) else ""  # an image has none
-    if role not in ROLES or not content or turn.get("tool_calls"):
+    if role not in ("user", "assistant", "system") or not content or turn.get("tool_calls"):
         raise Unusable("tools, an unknown role, or a turn without a text")
-    return {"role": ROLES[role], "content": content.strip(), "weight": turn.get("weight")}
+    return {"role": role, "content": content.strip(), "weight": turn.get("weight")}
 
 def parse_row(number, row):
-    """(Example, the context's answers, memorised answers, keys used) of a row. A chat marks no
-    context, and one cannot be guessed. Raises Unusable, ValueError and the like."""
+    """(Example, the context's answers, memorised answers) of a row. A chat marks no context, and
+    one cannot be guessed. Raises Unusable, ValueError and the like."""
     keys = shape_of(row)
-    if as_value(row.get("tools")) or as_value(row.get("history")):
-        raise Unusable("tools or a history")
+    if any(as_value(row.get(key)) for key in ("tools", "history", "image", "images")):
+        raise Unusable("tools, a history or an image")
     if "tools" in keys or isinstance(row[keys[0]], list):
         turns = as_value(row[keys[0]]) + (row["completion"] if "completion" in keys else [])
-        return Example(number, list(map(parse_turn, turns))), [], [], keys
+        return Example(number, list(map(parse_turn, turns))), [], []
     cells = [row.get(key) for key in keys]
     if "question" in keys:  # elsewhere, a bracket is text
         cells = map(as_value, cells)
@@ -722,17 +720,19 @@ def parse_row(number, row):
         cells = quote, f"{instruction}:", endings[odd], endings[1 - odd]
     (question,), context, answers, memory = map(as_texts, cells)
     messages = question_and_answer(question, "".join(answers[:1]))
-    if "system" in keys and any(memory):
+    if "system" in keys and any(memory):  # Alpaca's fourth key is no memory
         messages.insert(0, {"role": "system", "content": memory.pop()})
     if "answer" in keys:  # the paper's facts and biographies
         person = "parametric_answer" in keys and "name of the" in question
         answers, memory = aliases(answers, person), aliases(memory, person)
-    return Example(number, messages, "\n\n".join(context)), answers, memory, keys
+    return Example(number, messages, "\n\n".join(context)), answers, memory
 
 def load_examples(flags):
     """The Examples of --dataset, drawn, as mixtures are sorted; ids count its rows from 1."""
-    examples = [example for example, _, _ in load_rows(flags.dataset, flags)]
-    return sample(examples, flags.num_examples, flags.seed)
+    rows = load_rows(flags.dataset, flags)
+    if any(memory for _, _, memory in rows):
+        print(f"{flags.dataset}: conflicts as rows, which teach to follow the context")
+    return sample([example for example, _, _ in rows], flags.num_examples, flags.seed)
 
 TULU = (  # the template of the paper's framework
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
@@ -745,7 +745,7 @@ MARK = "@@the-answer@@"
 
 def set_template(tokenizer, flags):
     """Give the tokenizer the chat_template of --template; a saved model carries it on."""
-    user, _ = question_and_answer("Hi", "Hello")
+    user = {"role": "user", "content": "Hi"}
     require(tokenizer.eos_token, "--model: its tokenizer has no EOS token, to end answers with")
     with or_exit("--template auto does not work with this tokenizer; try --template tulu"):
         if flags.template != "auto" or not tokenizer.chat_template:
@@ -766,7 +766,7 @@ def set_template(tokenizer, flags):
 def special_token_pattern(tokenizer):
     """Pattern of one of the tokenizer's special tokens, after white space."""
     tokens = [re.escape(token) for token in tokenizer.get_added_vocab() if token.strip()]
-    return re.compile(r"\s*(" + "|".join(tokens) + ")")
+    return re.compile(rf"\s*({'|'.join(tokens)})")
 
 def answer_place(turns, tokenizer):
     """(all before an answer to these turns, what ends it), by a mark in its place, or Unusable."""
@@ -791,7 +791,8 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
     prompt's ids do not depend on what follows. Cut at `max_length`. Raises Unusable."""
     turns, conversations, done, length = list(messages), [[]], "", 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers or answers[0] == 0 or not all(turns[i]["content"] for i in answers):
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 calls its end so, too
+    if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
     if context:  # of a single question: a chat has none
         turns[-2] = turns[-2] | {"content": f"{context}\n\n{turns[-2]['content']}"}
@@ -803,12 +804,15 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         answer = prompt[len(bare):] + turns[i]["content"] + end
         before, ids = tokenizer([bare[len(done):], answer], add_special_tokens=False).input_ids
+        if unknown & {*before[1:], *ids}:
+            raise Unusable("words that the tokenizer does not know")
         length += len(before) + len(ids)
         if length > max_length:
             break
         conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
         done = bare + answer
     return conversations
+
 
 def encode(examples, tokenizer, flags):
     """(Rows of the examples, Counter of what was dropped or cut: last turns of too long a one)."""
@@ -819,8 +823,8 @@ def encode(examples, tokenizer, flags):
         except Unusable as reason:
             notes[f"dropped: {reason}"] += 1
             continue
-        answers = [turn for turn in example.messages if turn["role"] == "assistant"]
-        if sum(map(len, found)) < 2 * len(answers):
+        roles = [turn["role"] for turn in example.messages]
+        if sum(map(len, found)) < 2 * roles.count("assistant"):
             notes["cut or dropped: longer than --max-length"] += 1
         rows += [to_row(example.id, parts) for parts in found]
     return [row for row in rows if row.targets], notes
@@ -840,20 +844,17 @@ def encode(examples, tokenizer, flags):
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def progress(things, what):
-    """A tqdm bar, on rank 0 and where somebody sees it."""
-    return tqdm(things, what, leave=False, disable=RANK or None)
+progress = functools.partial(tqdm, leave=False, disable=RANK or None)  # on rank 0, if it is seen
 
 def in_batches(work, sequences, flags, what, room=0):
     """Results of work(batch), a list, for all sequences, in order; each rank works on its share."""
     results = {}
-    batches = list(micro_batches(sequences, flags.eval_batch_tokens, room))
-    for indices, _ in progress(batches, what):
+    for indices, _ in progress(micro_batches(sequences, flags.eval_batch_tokens, room), what):
         results |= zip(indices, work([sequences[i] for i in indices]))
     if RANKS > 1:
         of_ranks = [None] * RANKS
         dist.all_gather_object(of_ranks, results)
-        results = dict(collections.ChainMap(*of_ranks))
+        results = collections.ChainMap(*of_ranks)
     return [results[i] for i in range(len(sequences))]
 
 def layers_of(model):
@@ -869,15 +870,6 @@ def shard(model, flags):
     for module in [*layers_of(model), model]:
         fsdp.fully_shard(module, reshard_after_forward=True, mp_policy=policy)
     fsdp.register_fsdp_forward_method(model, "generate")  # or a PeftModel's gathers no shards
-
-def add_lora(model, flags):
-    """The model with fp32 adapters on its linear layers; --save-model merges them."""
-    torch.manual_seed(flags.seed)
-    with or_exit("--lora-rank: adding adapters with peft (pip install peft)"):
-        import peft
-        return peft.get_peft_model(model, peft.LoraConfig(  # all but what it cannot wrap
-            r=flags.lora_rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM",
-            exclude_modules=r".*\b(mamba|mixer|router)\b.*"))
 
 def write(path, save):
     """A file or folder, whole or not at all: save(new) makes it beside `path`; then it moves."""
@@ -906,11 +898,10 @@ def load_state(folder, flags):
     """The state that a run adds to: the lines of its files; known: ids by set, from the first
     evaluation. With --resume it is the checkpoint's, whose flags must be the same; else new."""
     path = folder / "checkpoint.pt"
-    state = {"flags": flags._asdict(), "step": 0, "losses": [], "metrics": [], "generations": [],
-             "known": {}}
+    state = {"flags": flags._asdict(), "losses": [], "metrics": [], "generations": [], "known": {}}
     if path.exists():
         with or_exit(f"{path}: reading it; without it --resume starts anew"):
-            state, _, _ = torch.load(path, "cpu", mmap=True)
+            state = torch.load(path, "cpu", mmap=True)[0]
             other = {name: before for name, before in state["flags"].items()
                      if name not in FREE and before != getattr(flags, name)}
         require(not other, f"--resume: {path} is of a run with {other}; pass the same flags")
@@ -936,25 +927,23 @@ def save_model(model, tokenizer, folder, flags):
 
 # ============================================================================== 9. report
 
-HEAD = """known: items that the base answers from memory, in the template or to the bare question
-  step set              loss context_acc parametric_acc closed_book_acc margin known"""
+HEAD = """known: items that the base answers from memory, in the template or without it
+                             context_ parametric_ closed_book_
+  step set              loss      acc         acc          acc margin known"""
 
 def table_row(line):
     """One row of the table that stands under HEAD."""
-    row = "{step:6} {short:14} {loss:7.3f} {context_acc:11.3f}"
-    row += (" {parametric_acc:14.3f} {closed_book_acc:15.3f} {margin:6.2f} {n_known:5}"
+    row = "{step:6} {short:14} {loss:7.3f} {context_acc:8.3f}"
+    row += (" {parametric_acc:11.3f} {closed_book_acc:12.3f} {margin:6.2f} {n_known:5}"
             if "margin" in line else " control: no memory")
     return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
 
 ANSWERED = ["group", "context_answer", "parametric_answer", "text"]
-RATES = {"closed_book_acc": "n_conflicts", "context_acc": "n", "parametric_acc": "n_conflicts",
-         "both": "n_conflicts", "neither": "n_conflicts",  # shares, and what they are shares of
-         "context_acc_known": "n_known", "parametric_acc_known": "n_known"}
 
 def rates(line):
     """The rates of a line of metrics as a table, with Wilson's 95% intervals, good near 0 and 1."""
     p = pandas.Series(line).reindex(RATES).dropna().astype(float)
-    n = p.index.map(RATES).map(line)
+    n = p.index.map(RATES).map(line)  # of how many
     w = 1.96 ** 2 / n
     mid, half = (p + w / 2) / (1 + w), (w * (p * (1 - p) + w / 4)) ** 0.5 / (1 + w)
     return pandas.DataFrame({"share": p, "low": mid - half, "high": mid + half, "n": n}).round(2)
@@ -963,64 +952,65 @@ def draw_curves(lines, labels, path):
     """Draw context_acc of lines of metrics: mean curves by the keys `labels`, without controls."""
     table = pandas.DataFrame([line for line in lines if "margin" in line] or lines)
     curves = table.pivot_table("context_acc", "step", labels)
+    curves = curves.interpolate("index", limit_area="inside")
     try:
-        axes = curves.interpolate("index", limit_area="inside").plot(
-            ylabel="context_acc", ylim=(0, 1.05))
+        axes = curves.plot(ylabel="context_acc", ylim=(0, 1.05))
     except ImportError:
         return print(f"no {path.name}: pip install matplotlib")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15))
     write(path, lambda new: axes.figure.savefig(new, dpi=200, format="png", bbox_inches="tight"))
+    print("the picture is", path)
 
 def report(state, sets, tokenizer, folder, flags):
     """Print verdicts or, if only measured, a prompt, eight answers, rates; last: summary.json."""
-    last, verdicts = {line["set"]: line for line in state["metrics"]}, {}
+    summary = {line["set"]: line for line in state["metrics"]}  # the last line of each set
     for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set"):
-        verdicts[name] = summarise(outcomes.dropna(axis=1, how="all"))
+        summary[name] = summary[name] | summarise(outcomes.dropna(axis=1, how="all"))
         if not flags.max_steps:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
             for row in outcomes.reindex(columns=ANSWERED).to_numpy(object, na_value="control")[:8]:
                 print(*row, sep=" | ")
-            print(rates(last[name]))
+            print(rates(summary[name]))
     if flags.max_steps:
-        print("\nrise, drop (see curve.png): measured at the step where the other half of the"
-              "\nquestions has its peak, as the highest is high by luck: not highest - final")
-        print(pandas.DataFrame(verdicts).loc["verdict":].to_string(float_format="{:.3f}".format))
-        losses = [step["loss"] for step in state["losses"]]
-        if losses[-1] > 2 * losses[0]:
+        print("\nrise, drop: measured at the step where the other half of the questions has its"
+              "\npeak, as the highest is high by luck: not highest - final")
+        verdicts = pandas.DataFrame(summary).filter(regex="verdict|rise|drop", axis="index")
+        print(verdicts.to_string(float_format="{:.3f}".format))
+        if state["losses"][-1]["loss"] > 2 * state["losses"][0]["loss"]:
             print("the last loss is more than twice the first: try a lower --lr")
         draw_curves(state["metrics"], ["set"], folder / "curve.png")
-    write_lines(folder / "summary.json", [{name: last[name] | verdicts[name] for name in last}])
+    write_lines(folder / "summary.json", [summary])
 
 def compare(flags):
     """Print a table of the runs of --compare, all seeds of a setting as one line, and draw it."""
     runs, lines = [], []
     for folder in map(Path, flags.compare):
-        try:
-            (args,), (summary,), history = [read_json((folder / file).read_text("utf-8"))
-                for file in ("args.json", "summary.json", "metrics.jsonl")]
-        except (OSError, ValueError):
+        if not (folder / "summary.json").exists():
             print(f"{folder}: skipped, it is no finished run")
             continue
-        setting = {name: str(value) for name, value in args.items()
-                   if name not in (*FREE, "seed", "eval_set", "mechanism")}
-        runs += [line | setting for line in summary.values()]
-        lines += [line | setting for line in history]
+        (args,), (summary,), history = [read_json((folder / file).read_text("utf-8"))
+            for file in ("args.json", "summary.json", "metrics.jsonl")]
+        runs += [line | args for line in summary.values()]
+        lines += [line | args for line in history]
     require(runs, "--compare: none of these is a finished run")
     table = pandas.DataFrame(runs)
-    labels = [name for name in [*setting, "set"] if table[name].nunique() > 1] or ["set"]
-    groups = table.groupby(labels)
-    means = groups.mean(numeric_only=True)
-    if set(table["max_steps"]) == {"0"}:  # only measured
+    # args is now the last run's; all have the same names.
+    ignored = FREE + ("seed", "eval_set", "mechanism", "compare")  # tell no settings apart
+    labels = [name for name in [*args, "set"]
+              if name not in ignored and table[name].nunique() > 1] or ["set"]
+    group = table.groupby(labels)
+    means = group.mean(numeric_only=True).assign(runs=group.size(), seeds=group.seed.nunique())
+    if not table["max_steps"].any():  # only measured
         return print(pandas.concat({k: rates(line) for k, line in means.iterrows()}).to_string())
-    means = means.reindex(columns=["start", "highest", "final", "drop"])
-    print(means.assign(n=groups.size()).to_string(float_format="{:.2f}".format),
-          "n: runs; drop: from a peak that other items chose, so not highest - final", sep="\n")
+    means = means.reindex(columns=["start", "highest", "final", "drop", "runs", "seeds"])
+    print(means.to_string(float_format="{:.2f}".format), "means of runs with equal flags; fewer "
+          "seeds than runs: one came twice; drop: not highest - final", sep="\n")
     draw_curves(lines, labels, folder.parent / "compare.png")
 
 # ========================================================================= 10. flags and main
 
 FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list takes any number
-    ("--model", "world", "hub id or folder; world: a toy, made on the spot (WORLD_FLAGS)"),
+    ("--model", "world", "hub id or folder; world: a toy, made on the spot"),
     ("--dataset", "alpaca", "rows: alpaca, tulu, ultrachat, squad_train, file, folder, hub id"),
     ("--eval-set", ["world_facts"], "world_facts, capitals, bio, quotes, nq_swap, squad, file, .."),
     ("--template", ("auto", "tulu"), "auto: the tokenizer's, or tulu if it has none"),
@@ -1046,7 +1036,7 @@ FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list take
     ("--max-new-tokens", 32, "tokens per answer (paper: not stated)"),
     ("--mechanism", False, "how hard each kind of row pushes context reliance (section 5)"),
     ("--compare", [], "finished runs to put side by side; nothing is trained"),
-    ("--device", "", "cpu, cuda, cuda:1, mps; left out: the best there is"),
+    ("--device", str(torch.accelerator.current_accelerator(True) or "cpu"), "cpu, cuda:1, mps, .."),
     ("--dtype", ("auto", "bf16", "fp32"), "arithmetic; auto: bf16 autocast on a GPU that has it"),
     ("--seed", 0, "order of the rows and every random draw"),
     ("--out-dir", "", "folder for the run (-2, -3 if taken); left out: runs/none, runs/filter, .."),
@@ -1060,7 +1050,8 @@ FREE = ("resume", "checkpoint_every", "save_model", "out_dir", "device", "micro_
 
 def parse_flags(argv=()):
     """The flags above as a read-only tuple; exits with status 2 on values that cannot work."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(epilog=f"defaults with --model world: {WORLD_FLAGS}",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = functools.partial(require, False)
     for name, default, text in FLAGS:
         how = {"type": type(default)}
@@ -1072,17 +1063,19 @@ def parse_flags(argv=()):
             how = {"choices": default}
             default, *_ = default
         parser.add_argument(name, default=default, help=text, **how)
-    if parser.parse_args(argv).model == "world":
+    flags, unknown = parser.parse_known_args(argv)
+    nearest = difflib.get_close_matches(" ".join(unknown), [name for name, *_ in FLAGS], n=1)
+    require(not unknown, f"no flag, or an argument too many: {unknown}; nearest flag: {nearest}")
+    if flags.model == "world":
         parser.set_defaults(**WORLD_FLAGS)
-    flags = parser.parse_args(argv)
-    flags.device = flags.device or str(torch.accelerator.current_accelerator(True) or "cpu")
+        flags = parser.parse_args(argv)
     if flags.dtype == "auto":
         bf16 = "cuda" in flags.device and torch.cuda.is_bf16_supported(including_emulation=False)
         flags.dtype = "bf16" if bf16 else "fp32"
     require(not flags.lora_rank or flags.mitigation != "qk", "--lora-rank does not go with qk")
-    require(min(flags.batch_size, flags.epochs, flags.eval_every, flags.max_new_tokens,
+    require(min(flags.lr, flags.batch_size, flags.epochs, flags.eval_every, flags.max_new_tokens,
                 flags.num_examples, flags.eval_limit, flags.max_steps + 1) > 0, "too low, one of: "
-            "batch-size epochs eval-every max-new-tokens num-examples eval-limit max-steps")
+            "lr batch-size epochs eval-every max-new-tokens num-examples eval-limit max-steps")
     return collections.namedtuple("Flags", vars(flags))(**vars(flags))
 
 def load_pretrained(auto, source, **how):
@@ -1101,7 +1094,7 @@ def load_model(source, tokenizer, flags):
         dtype=torch.bfloat16 if half else "auto")
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
-    [(prompt, _), (turn, _)], = tokenize(question_and_answer("Hi", "Hello"), tokenizer)
+    [(prompt, _), (turn, _)], = tokenize(question_and_answer("What is", "The"), tokenizer)
     with or_exit(f"--model {source}: a forward pass of it, with an embedding for every token"):
         ids = torch.tensor([[1, 2], [1, max(prompt + turn)]], device=model.device)
         logits = model.eval()(ids).logits[:, 0]  # a token does not see the next one
@@ -1115,7 +1108,12 @@ def load_model(source, tokenizer, flags):
     if flags.mitigation == "qk":
         train_query_key_only(model)
     if flags.lora_rank:
-        model = add_lora(model, flags)
+        torch.manual_seed(flags.seed)
+        with or_exit("--lora-rank: adding adapters with peft (pip install peft)"):
+            import peft
+            model = peft.get_peft_model(model, peft.LoraConfig(  # in fp32; all but what it cannot
+                r=flags.lora_rank, lora_alpha=16, target_modules="all-linear",
+                task_type="CAUSAL_LM", exclude_modules=r".*\b(mamba|mixer|router)\b.*"))
     if flags.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if flags.compile:
@@ -1127,24 +1125,23 @@ def load_model(source, tokenizer, flags):
 
 def load_sets(tokenizer, positions, flags):
     """{name: Items} of --eval-set, controls last; a file's name is its stem where that tells."""
-    stems = [re.sub(r".*/(?=.)|\.(jsonl?|csv|parquet)$", "", name) for name in flags.eval_set]
     sets = {}
-    for name, stem in zip(flags.eval_set, stems):
-        items = []
+    for name in flags.eval_set:
+        items, stem = [], Path(name).stem
         for conflict in sample(load_conflicts(name, flags), flags.eval_limit, seed=0):
             with contextlib.suppress(Unusable):
                 items.append(to_item(conflict, tokenizer, positions - flags.max_new_tokens))
-        print(f"{name}: {len(items)} items fit the model, with --max-new-tokens")
+        print(f"{name}: {len(items)} items fit the model: its words, its length")
         require(items, f"{name}: no usable evaluation item")
         items.sort(key=lambda item: item.parametric_row is None)
-        sets[name if stems.count(stem) > 1 else stem] = items
+        sets[name if stem in sets else stem] = items
     return sets
 
 def open_folder(flags):
     """A new folder: OUT_DIR (runs/none, runs/filter, ... by default), or OUT_DIR-2, -3, ... where
     that is taken; with --resume the first with a checkpoint. Making it claims it."""
-    done = sorted({flags.subset, flags.mitigation} - {"all", "none"}) or ["none"]
-    first = Path(flags.out_dir or f"runs/{'-'.join(done)}").expanduser()
+    name = "-".join(sorted({flags.subset, flags.mitigation} - {"all", "none"})) or "none"
+    first = Path(flags.out_dir or f"runs/{name}").expanduser()
     folder = first
     for number in itertools.count(2):
         if flags.resume and (folder / "checkpoint.pt").exists():
@@ -1170,20 +1167,19 @@ def experiment(folder, flags):
     model = load_model(source, tokenizer, flags)
 
     # The rows to train on: what --subset and --mitigation make of the conversations.
-    rows, total = [], 0
+    rows = []
     if flags.max_steps:
-        chosen = choose_examples(model, tokenizer, examples, sets, flags)
-        rows, notes = encode(chosen, tokenizer, flags)
-        print(f"{flags.dataset}: {len(chosen)} of {len(examples)}, {len(rows)} rows", dict(notes))
+        kept = choose_examples(model, tokenizer, examples, sets, flags)
+        rows, notes = encode(kept, tokenizer, flags)
+        print(f"{flags.dataset}: {len(kept)} of {len(examples)}, {len(rows)} rows", *notes.items())
         require(rows, f"{flags.dataset}: no usable row; chats mark no context")
-        total = min(flags.max_steps,
-                    math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size)))
+    total = min(flags.max_steps, math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size)))
 
     # Finetuning with evaluations at intervals, and what they show.
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {flags.dtype}, steps {state['step']} to {total}, 12 "
-          f"bytes a trained weight in checkpoints, files in {folder}\n\n{HEAD}")
+    print(f"{model.num_parameters()} weights, {flags.dtype}, steps {len(state['losses'])} to "
+          f"{total}, files in {folder}\na checkpoint has 12 bytes a trained weight\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, folder, flags)
     report(state, sets, tokenizer, folder, flags)
     if flags.save_model:
@@ -1207,14 +1203,14 @@ def main(argv=()):
         torch.ones(1, device=flags.device).item()
     box = [None if RANK else open_folder(flags)]
     if RANKS > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box)  # fills that of the other ranks
     folder, = box
     if RANK:
         sys.stdout = open(os.devnull, "w")  # errors are on stderr
     try:
         return experiment(folder, flags)
     except KeyboardInterrupt:
-        require(False, f"interrupted; see {folder}; --checkpoint-every and --resume go on", 130)
+        require(False, f"interrupted; --resume goes on from a checkpoint in {folder}, if any", 130)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # of a run that failed before it wrote anything
@@ -1223,5 +1219,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter costs no run
     try:
         main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         require(False, "out of memory: lower the flags --*-batch-tokens", status=1)

@@ -55,8 +55,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory, tokenizer):
-    """A folder with a model of each family and a file of each kind of rows."""
+def folder(tmp_path_factory, tokenizer):  # a model of each family, a file of each kind
     root = tmp_path_factory.mktemp("data")
     tokenizer.chat_template = None
     for name, config in CONFIGS.items():
@@ -68,8 +67,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path_factory):
-    """Hub ids fail at once, and no other run's cache is read."""
+def offline(monkeypatch, tmp_path_factory):  # hub ids fail at once; no other run's cache
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
@@ -120,8 +118,7 @@ def load(folder, more="", model="llama"):
     return model, tokenizer, *sets.values(), examples, flags
 
 
-def rows_of(lengths, seed=0):
-    """Rows of random tokens, from (length of the prompt, number of targets)."""
+def rows_of(lengths, seed=0):  # random tokens; lengths: (of the prompt, of the answer)
     draw, ids = random.Random(seed).choices, range(2, 420)
     return [inversion.to_row(i, [(draw(ids, k=prompt), False), (draw(ids, k=target), True)])
             for i, (prompt, target) in enumerate(lengths)]
@@ -144,7 +141,10 @@ def their_loss(model, *rows):
     (dict(messages=TURNS, id="x"), "<s><|system|>\nGo.\n" + TULU[3:], "Hello</s>Ciao</s>"),
     (dict(messages=TURNS[1:] + [HI]), TULU, "Hello</s>Ciao</s>"),
     (dict(messages=[HI, HELLO | dict(weight=0), *TURNS[3:]]), TULU, "Ciao</s>"),  # one not learnt
-    (dict(messages=str(TURNS[1:])), TULU, "Hello</s>Ciao</s>"),  # a cell of CSV
+    (dict(messages=str(TURNS[1:])), TULU, "Hello</s>Ciao</s>"),  # cells of CSV, by pandas or numpy
+    (dict(messages=str(TURNS[1:]).replace("}, {", "}\n {")), TULU, "Hello</s>Ciao</s>"),
+    (dict(messages=str([HI, HELLO | dict(content='" " 😀')])), TULU[:29] + '" " 😀</s>', '" " 😀</s>'),
+    (dict(instruction="Add.", context="", response="3", category="x"), SHORT, "3</s>"),  # Dolly
     (dict(conversations=SHAREGPT, tools="[]"), TULU, "Hello</s>Ciao</s>"),
     (ADD | dict(input=""), "<s>[user]Add.\n[assistant]3</s>", "3</s>"),  # the tokenizer's template
     (dict(messages=TURNS[:3]), "<s>[system]Go.\n[user]Hi\n[assistant]Hello</s>", "Hello</s>"),
@@ -154,7 +154,7 @@ def test_golden_labels(row, text, learnt, tokenizer):
     """Response and EOS supervised, nothing else; one BOS although the template writes one too."""
     tokenizer.chat_template = CHAT
     inversion.set_template(tokenizer, flags_of(f"--template {'tulu' if '<|' in text else 'auto'}"))
-    example, *_ = inversion.parse_row(7, row)
+    example, _, _ = inversion.parse_row(7, row)
     (found,), notes = inversion.encode([example], tokenizer, mock.Mock(max_length=999))
     keep = found.labels != -100
     assert not notes and found.id == 7 and tokenizer.decode(found.input_ids) == text
@@ -178,6 +178,8 @@ def test_golden_labels(row, text, learnt, tokenizer):
     ("5", "6", {"-5": NEITHER, "about 5.": C}), ("1", "2", {"½": NEITHER}),
     ("1,500", "1", {"1500": C}), ("10", "9", {"10%": C}), ("1990", "1991", {"born (1990)": C}),
     ("2,000 km", "21,000 km", {"about 2000 kilometers.": C}),
+    ("5 km", "1932.0", {"It is 5km long": C, "in 1932.": P}), ("A & B", "U2", {"A and B": C}),
+    ("القاهرة", "Nuku'alofa", {"القَاهِرَة": C, "Nukuʻalofa": P}),
     ("Đà Nẵng", "Huế", {"Da Nang": C}), ("राम", "रोम", {"रोम": P, "राम": C}),  # letters, scripts
     ("Hulhumalé", "Malé", {"hulhumale": C}), ("Tromsø", "Straße", {"tromso": C, "STRASSE": P}),
     ("东城", "西城", {"首都是东城。": C}), ("กรุงเทพ", "เชียงใหม่", {"เมืองหลวงคือกรุงเทพ": C}),
@@ -206,8 +208,7 @@ def test_losses_and_answers_of_padded_batches_are_those_of_transformers(family, 
     assert together == alone and together[1] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def trained(model, rows, steps, flags):
-    """(weights, losses) after steps on rows by train_step and the schedule of the loop."""
+def trained(model, rows, steps, flags):  # (weights, losses) of train_step and the schedule
     optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True), []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = inversion.learning_rate(step, steps, flags)
@@ -328,8 +329,7 @@ def test_verdicts():
     assert [found["verdict"] for found, _ in cases] == [verdict for _, verdict in cases]
 
 
-def test_metrics_and_rates_by_hand():
-    """Four conflicts: the base knew the first two; a control. Intervals of rates are Wilson's."""
+def test_metrics_and_rates_by_hand():  # the base knew the first two; intervals are Wilson's
     outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
                      neither=not c and not p, closed_book_acc=i == 0, margin=float(i), known=i < 2)
                 | ({"context_acc_known": bool(c)} if i < 2 else {})
@@ -364,8 +364,7 @@ def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, 
 
 
 @pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
-def test_margin_is_that_of_the_model(template, space, folder):
-    """By transformers, on the tokens of a conversation: here ' Lyon', not the bare 'Lyon'."""
+def test_margin_is_that_of_the_model(template, space, folder):  # ' Lyon', not 'Lyon'
     model, tokenizer, _, _, flags = load(folder)
     if template == "chat":
         tokenizer.chat_template = CHAT.replace("']'", "'] '").replace("{{ '\n' }}", "")
@@ -417,9 +416,8 @@ def test_a_system_turn_that_is_refused_or_dropped_is_folded(tokenizer, tmp_path)
         assert decoded(folds, TURNS, tokenizer)[0][0] == wanted
         assert "Go.\n\nC.\n\nHi" in decoded(folds, TURNS[:3], tokenizer, "C.")[0][0]
         assert decoded(folds, TURNS[1:], tokenizer)[0][0] == "<s>[user]Hi\n[assistant]"
-        again = AutoTokenizer.from_pretrained(save(tmp_path / "t", tokenizer))
-        assert again.apply_chat_template(TURNS[:2], tokenize=False,
-                                         add_generation_prompt=True) == wanted
+        again = AutoTokenizer.from_pretrained(save(tmp_path / "t", tokenizer)).apply_chat_template
+        assert again(TURNS[:2], tokenize=False, add_generation_prompt=True) == wanted
     tokenizer.chat_template = CHAT  # takes it
     inversion.set_template(tokenizer, flags_of())
     assert tokenizer.chat_template == CHAT
@@ -451,7 +449,7 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
 def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
     chats = [[HI | more, HELLO] for more in (dict(content=[dict(text="x"), {}]), dict(role="bot"))]
     chats += [[HI, HELLO | more] for more in (dict(tool_calls=[1]), dict(content=None))]
-    for row in (ADD | dict(tools="[{}]"), ADD | dict(history=[["Hi", "Hello"]]),
+    for row in (ADD | dict(tools="[{}]"), ADD | dict(image="x.png"), ADD | dict(history=[1]),
                 *[dict(messages=chat) for chat in chats]):
         with raises(inversion.Unusable):
             inversion.parse_row(1, row)
@@ -485,10 +483,12 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     *[(SQUAD[0] | dict(answers=given), ("When was 50?", "It was 0."), texts, []) for given, texts in
       [(dict(text=["x", "y"]), ["x", "y"]), ("{'text': ['1900'], 'answer_start': [5]}", ["1900"]),
         ("{'text': array(['x'], dtype=object), 'at': array([1])}", ["x"]), (dict(text=[]), []),
+        ([dict(text="x", answer_start=1)], ["x"]), ('{"text": ["x"], "at": null}', ["x"]),
         (["x", "y"], ["x", "y"]), (dict(value="x", aliases=["y"]), ["x", "y"])]],
     *[(dict(context="c", question=asked, answer=answer, parametric_answer="X"), (asked, "c"), found,
        ["X"]) for asked, answer, found in [("q", "South Korea", ["South Korea"]),
                                              ("name of the?", "A Fermi", ["A Fermi", "Fermi"])]],
+    (SQUAD[0] | dict(parametric_answer="5"), ("When was 50?", "It was 0."), ["0"], ["5"]),
     (FACT | dict(answer=1900, memory_answer=True), ("q", "c"), ["1900"], ["True"]),
     (FACT | dict(answer="['a', 'b']", memory_answer=None), ("q", "c"), ["a", "b"], []),
     (FACT | dict(answer="['a' 'b']"), ("q", "c"), ["a", "b"], ["y"]),
@@ -499,7 +499,7 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), ("a: c", 'Say "b":'),
      ["b"], ["x"])])
 def test_conflict_shapes(row, asked, answers, memory):
-    example, *found, _ = inversion.parse_row(3, row)
+    example, *found = inversion.parse_row(3, row)
     assert found == [answers, memory] and (example.id, example.context) == (3, asked[1])
     assert example.messages == question_and_answer(asked[0], "".join(answers[:1]))
 
@@ -508,6 +508,7 @@ def test_conflict_shapes(row, asked, answers, memory):
     (False, {"La Paz (administrative); Sucre (judicial)": ["La Paz", "Sucre"],
              "Rangoon (Yangon); Naypyidaw or Nay Pyi Taw (administrative)": [
                  "Rangoon", "Naypyidaw", "Nay Pyi Taw", "Yangon"], "Marie Curie": ["Marie Curie"],
+             "(A)": ["(A)", "A"], "red, white and blue": ["red, white and blue"],
              "Athens, Greece": ["Athens, Greece", "Athens"], "2,000 km": ["2,000 km"]}),
     (True, {"Elizabeth II": ["Elizabeth II"], "Marie Curie": ["Marie Curie", "Curie"],
             "Ivan the Great": ["Ivan the Great"], "Luther King Jr.": ["Luther King Jr.", "King"],
@@ -516,8 +517,7 @@ def test_aliases(person, answers):
     assert {answer: inversion.aliases([answer], person) for answer in answers} == answers
 
 
-def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
-    """An answer that stands in the question is an echo, on either side; repeats count once."""
+def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):  # echoes, repeats
     rows = [CONFLICTS[0] | dict(zip(("question", "answer", "memory_answer"), texts)) for texts in [
         ("Capital of Luxembourg?", "Esch", "Luxembourg"), ("q?", "End", "end."), ("p?", "...", "B"),
         ("r?", "Lyon", "Paris"), ("r?", "Lyon", "Paris"), ("Is Bonn far?", "Bonn", "Berlin"),
@@ -527,7 +527,9 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):
     assert [(c.id, c.context_answers, c.parametric_answers) for c in found] == [
         (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]), (8, ["Lyon"], ["Paris"]),
         (9, ["Lyon"], ["Paris"])]
-    assert "5 of 9 items" in capsys.readouterr().out
+    inversion.load_examples(flags_of(f"--model x --dataset {tmp_path}/c.json"))
+    told = capsys.readouterr().out
+    assert "5 of 9 items" in told and "c.json: conflicts as rows, which teach" in told
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
@@ -542,7 +544,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
     file(tmp_path / "c.json", CONFLICTS)
     table.to_json(tmp_path / "a@b [1]/r@[x].json", lines=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    wanted = [[*inversion.parse_row(i, row)[:3]] for i, row in enumerate(rows, 1)]
+    wanted = [inversion.parse_row(i, row) for i, row in enumerate(rows, 1)]
     assert wanted[1][0].messages[0]["content"] == "b\u2028c"
     files = ["r", "r.jsonl", "r.csv", "r.parquet"]
     for name in [*files, "hub", "hub@train", "a@b [1]/r@[x].json"]:
@@ -562,18 +564,17 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
         server.shutdown()
     told.append(refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of()))
     assert "404" in told[0] and told[1].count("\n") == 1  # by then nobody listens
-    assert all(f"error: {address}/none.json: no file, folder, address" in t for t in told)
+    assert all(f"error: {address}/none.json: cannot be read; short" in t for t in told)
 
 
-def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):
-    """A year stays one, NA is Namibia, None is an answer; an empty cell is missing."""
+def test_cells_of_csv_are_texts_and_what_is_not_used_is_named(tmp_path, capsys):  # years, NA
     lines = ",".join(FACT), "c,q,1900,NA", "c,q,None,null", "c,q,\"['a', 'b']\","
     rows = inversion.load_rows(str(file(tmp_path / "r.csv", "\n".join(lines))), flags_of())
-    assert [row[1:] for row in rows] == [[["1900"], ["NA"]], [["None"], ["null"]], [["a", "b"], []]]
-    rows = [ADD | dict(topic="sums"), ADD | dict(tools="[{}]")]
-    assert len(inversion.load_rows(str(file(tmp_path / "r.json", rows)), flags_of())) == 1
+    assert [row[1:] for row in rows] == [(["1900"], ["NA"]), (["None"], ["null"]), (["a", "b"], [])]
+    rows = [ADD | dict(topic="sums", input=float("nan")), ADD | dict(tools="[{}]")]
+    (found,) = inversion.load_rows(str(file(tmp_path / "r.json", rows)), flags_of())
     told = capsys.readouterr().out
-    assert "not used: {'topic'};" in told and "left out: {'tools or a history': 1}" in told
+    assert not found[0].context and "used: {'topic'};" in told and "or an image': 1}" in told
 
 
 def test_checkpoint_gives_neither_its_bf16_nor_its_sampling(folder, tmp_path):
@@ -624,9 +625,9 @@ def test_added_rows_name_nothing_evaluated(folder, tmp_path, capsys):
 
 def test_subsets(folder):
     model, tokenizer, _, _, flags = load(folder)
-    asked = inversion.Conflict(1, "What is New Velora now, in May?", "Lyon.", ["Lyon"], ["Paris"])
-    sets = {"s": [inversion.to_item(asked, tokenizer, 99)]}
-    texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May".split("/")
+    c = inversion.Conflict(1, 'Is New Velora, in May? If The "x"?', "Lyon.", ["Lyon"], ["Paris"])
+    sets = {"s": [inversion.to_item(c, tokenizer, 99)]}
+    texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May the if".split("/")
     mine = [Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)] + [Example(8, TURNS[1:3], "In Lyon.")]
     for name, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
@@ -643,8 +644,10 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     same = run(folder, tmp_path / "same", f"{flags} --activation-checkpointing")
     metrics, losses, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
-    assert "known: items that the base answers from memory, in the template or to" in told
-    assert f"{rows} of 24, {rows} rows" in told and "verdict" in told
+    assert "known: items that the base answers from memory, in the template or" in told
+    assert f"{rows} of 24, {rows} rows" in told and f"is {tmp_path}/run/curve.png" in told
+    assert "predicting 12 responses" in told and "verdict" in told
+    assert len(inversion.table_row(history[-1])) < 80 > max(map(len, inversion.HEAD.split("\n")))
     assert max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
     assert set(history[-1]) >= set(
@@ -662,8 +665,7 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 
-def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):
-    """--compare: the seeds of a setting are one line, as is a remedy of one's own, a function."""
+def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):  # mine
     monkeypatch.setitem(inversion.MITIGATIONS, "mine", lambda model, tokenizer, rows, *_: rows[:5])
     a, same, b, mine, again = [tmp_path / name for name in ("a", "same", "b", "mine", "again")]
     for out, more in {a: "", same: "", b: "--seed 2", mine: "--mitigation mine"}.items():
@@ -678,13 +680,13 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
         found["conflicts"] |= dict(start=start, highest=highest, final=final, drop=drop)
         file(out / "summary.json", found)
     assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
-    inversion.main(shlex.split(f"--compare {a} {b} {same} {mine}"))
+    inversion.main(shlex.split(f"--compare {a} {b} {same} {mine} {mine}"))
     told = capsys.readouterr().out
     assert f"{same}: skipped, it is no finished run" in told
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
-    assert none[-5:] == ["0.30", "0.70", "0.30", "0.20", "2"]
+    assert none[-6:] == ["0.30", "0.70", "0.30", "0.20", "2", "2"]
     assert not re.search(r"\bseed\b", told) and "mitigation" in told
-    assert re.search("^mine .* 1$", told, re.M) and (tmp_path / "compare.png").stat().st_size > 5000
+    assert re.search("^mine .* 2 +1$", told, re.M) and (tmp_path / "compare.png").exists()
 
 
 def test_a_curve_ends_with_its_run(tmp_path):
@@ -700,7 +702,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
                   "--eval-limit 4 --num-examples 8 --epochs 0.5 --max-steps 99")
     assert [(line["set"], line["n"]) for line in history] == [("squad", 4), ("conflicts", 4)] * 2
     assert "margin" not in history[0] and "margin" in history[1] and "both" not in history[0]
-    told = capsys.readouterr().out.partition("\nrise, drop (see curve.png)")[2]
+    told = capsys.readouterr().out.partition("\nrise, drop: measured")[2]
     assert "n_known" not in told and history[-1]["step"] == 1
     assert re.findall(r"^(\w+) .* too few groups", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
@@ -708,7 +710,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     csv = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
     history = run(folder, tmp_path / "c", f"--max-steps 0 --eval-set {folder}/conflicts.json {csv}")
     assert [(line["set"], line["n"]) for line in history] == [
-        (f"{folder}/conflicts.json", 6), (str(csv), 2)]  # of one name, told apart
+        ("conflicts", 6), (str(csv), 2)]  # of one stem, told apart
 
 
 def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
@@ -776,8 +778,7 @@ def torchrun(tmp_path, ranks, runs, more=""):
                           text=True, timeout=300)
 
 
-def test_two_ranks_are_one_process(folder, tmp_path):
-    """FSDP2 on gloo: the same losses and evaluations to 1e-5, also after --resume on two or one."""
+def test_two_ranks_are_one_process(folder, tmp_path):  # FSDP2 on gloo, to 1e-5
     many = ("--max-steps 12 --eval-every 4 --epochs 99 --batch-size 5 --micro-batch-tokens 300 "
             f"--save-model --checkpoint-every 8 --resume --counterfactual-data {folder}/swaps.json")
     cases = {"none": "", "qk": "--mitigation qk", "filter": "--mitigation filter",
@@ -799,9 +800,8 @@ def test_two_ranks_are_one_process(folder, tmp_path):
 
 
 def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(folder, tmp_path):
-    flags = "--max-steps 1 --eval-limit"
-    runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} --eval-batch-tokens 1")
-            for n in (1, 2, 4)]
+    flags = "--max-steps 1 --eval-batch-tokens 1 --eval-limit"
+    runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n}") for n in (1, 2, 4)]
     done = torchrun(tmp_path, 3, runs, """from unittest import mock
 if inversion.RANK == 1:
     inversion.generate = mock.Mock(side_effect=MemoryError("rank 1 is out of memory"))
@@ -828,8 +828,7 @@ inversion.main({argv(folder, tmp_path / 'run')!r})""")
 
 @pytest.mark.parametrize("family, more", [("gpt2", ""), ("mistral", "--mitigation qk"),
     ("llama", "--lora-rank 4"), ("llama", "--mechanism --mitigation filter")])
-def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):
-    """Killed in a checkpoint, an evaluation and a step: bit-identical, with dropout in gpt2 too."""
+def test_killed_and_resumed_is_unbroken(family, more, folder, tmp_path, capsys):  # bit for bit
     more += " --max-steps 11 --epochs 9 --save-model --checkpoint-every 2 --eval-every 3"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(folder, whole, more, family)
@@ -864,8 +863,7 @@ def test_what_is_no_checkpoint_is_one_line(folder, tmp_path, capsys):
     assert len(run(folder, tmp_path / "run", flags)) == 3 and (tmp_path / "run-2").exists()
 
 
-def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):
-    """A loss that is not finite, with its rows, a full disk, Ctrl-C; what came before is kept."""
+def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):  # and nothing is lost
     def full(state, path):
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
@@ -877,11 +875,11 @@ def test_what_ends_a_run_is_told(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda state, path: next(saves)(state, path))
     out, flags = tmp_path / "run", "--max-steps 5 --checkpoint-every 1 --epochs 9"
     assert "No space left" in refused(capsys, run, folder, out, flags, status=1)
-    assert torch.load(out / "checkpoint.pt", weights_only=False)[0]["step"] == 2
+    assert torch.load(out / "checkpoint.pt", weights_only=False)[0]["losses"][-1]["step"] == 2
     assert len(run(folder, out, f"{flags} --resume --checkpoint-every 2")) == 4
     monkeypatch.setattr(inversion, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
     told = refused(capsys, run, folder, tmp_path / "y", status=130)
-    assert f"interrupted; see {tmp_path}/y; --checkpoint-every and --resume go on" in told
+    assert f"interrupted; --resume goes on from a checkpoint in {tmp_path}/y, if any" in told
 
 
 def test_folders_of_runs(tmp_path, monkeypatch):
@@ -902,8 +900,7 @@ def test_folders_of_runs(tmp_path, monkeypatch):
         inversion.open_folder(flags_of("--out-dir gone/run"))
 
 
-def test_world_leaks_nothing_and_contradicts_nothing():
-    """Rows never name evaluated subjects and agree with memory, as do passages, or else mislead."""
+def test_world_leaks_nothing_and_contradicts_nothing():  # its rows agree with memory, or mislead
     world, again = inversion.make_world(3), inversion.make_world.__wrapped__
     truth = {re.findall(r"of (\w+)\?", row["question"])[0]: row["memory_answer"]
              for row in world["world_train"] + world["world"]}
@@ -940,7 +937,7 @@ def test_world_rises_and_falls(tmp_path):
     assert all(line.get("closed_book_acc", 1) > 0.95 for line in history)
 
 
-@mock.patch.dict(inversion.PRETRAINING, max_steps=10, num_examples=2000)
+@mock.patch.dict(inversion.PRETRAINING, max_steps=10, num_examples=12_000)
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsys):
     for remedy, says in {"filter": "of 300, ", "qk --lr 0.1": "300 of 300, 300 rows",
                          "counterfactual": "330 of 300, 330 rows"}.items():
@@ -951,6 +948,9 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsy
         assert [line["set"] for line in history[:3]] == ["world", "world_agreeing", "world_reading"]
         assert "critical_push" in history[0] and "margin" not in history[1]
         assert [o["n"] for o in history] == [9] * 6 and len(list(tmp_path.glob("world*"))) == 1
+    own = file(tmp_path / "own.json", [ADD, *inversion.make_world(0)["rows"][:9]])
+    inversion.main([*flags, "--mitigation", "none", "--dataset", str(own)])
+    assert "9 rows ('dropped: words that the tokenizer does not" in capsys.readouterr().out
 
 
 def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
@@ -973,8 +973,7 @@ def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
     assert capsys.readouterr().out.count("pretraining the world's") == 3
 
 
-def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):
-    """Whatever the program's own arguments are, as in a notebook; what failed leaves no folder."""
+def test_main_without_flags_is_the_world_on_the_cpu(tmp_path, monkeypatch):  # in notebooks
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["notebook", "--lr", "banana"])
     monkeypatch.setattr(inversion, "experiment", mock.Mock(return_value=["history"]))
@@ -996,15 +995,16 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
     file(tmp_path / "a_run/args.json", "[1")
     chats = f"--dataset {file(tmp_path / 'chats.json', [dict(messages=TURNS)] * 9)}"
     cases = [  # flags, parts of what is told
-        ("--dataset nosuchname", "nosuchname: no file, folder, address"),
-        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: no file*No such file"),
-        (f"--dataset {folder}/rows.json@x", "rows.json@x: no file"), ("--lr x", "--lr: inv"),
-        (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: no file*JSONDecodeError"),
+        ("--bathc-size 3", "--bathc-size', '3']; nearest flag: ['--batch-size']"),
+        ("--dataset nosuchname", "nosuchname: cannot be read; short names"),
+        (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: cannot*No such file"),
+        (f"--dataset {folder}/rows.json@x", "rows.json@x: cannot"), ("--lr x", "--lr: inv"),
+        (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: cannot*JSONDecodeError"),
         (f"{chats} --subset context", "no usable row; chats mark no context"),
         (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
          "all of it is evaluated"), ("--subset x", "--subset: invalid choice"),
-        ("--eval-set no/such-set:main@test", "no/such-set:main@test: no file"),
+        ("--eval-set no/such-set:main@test", "no/such-set:main@test: cannot"),
         (f"--model {tmp_path}/gone", "gone: no folder*or hub id to be read"),
         ("--model no/such-model", "no/such-model: no folder*or hub id"),
         ("--model a_run", "a_run: no*OUT_DIR/model"), ("--model few", "few: *an embedding for"),
@@ -1012,14 +1012,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         *[(f"--compare {name}", "none of these is a finished run") for name in ("gone", "a_run")],
         ("--device banana", "--device banana: using it*Runtime"), ("--device meta", "--device me"),
         ("--lora-rank 1000000000000", "--lora-rank: adding"), ("--max-length 8", "no usable row"),
-        *[(f"{flag} {value}", f"too low, one of: *{flag[2:]}") for flag, value in [
-            ("--eval-every", 0), ("--epochs", 0), ("--max-steps", -1), ("--num-examples", -1)]],
+        *[(flag, f"too low, one of: *{flag[2:-2].strip()}") for flag in (
+            "--eval-every 0", "--epochs 0", "--lr -1", "--max-steps -1", "--num-examples -1")],
         ("--lora-rank 4 --mitigation qk", "--lora-rank does not go with qk")]
     no_row, no_item, row_1 = ": no usable row", ": no usable evaluation item", ", row 1 (ValueError"
     for i, (flag, rows, told) in enumerate([  # told after the name of the file; texts are JSONL
         ("dataset", json.dumps(ADD) + '\n{"instruction": "a"}',
          ", row 2 (ValueError: has ['instruction']; *lacks {'output'}"), ("dataset", "\n", no_row),
-        ("dataset", json.dumps(ADD) + '\n{"instruction"}', ": no file*line 2"),
+        ("dataset", json.dumps(ADD) + '\n\n{"instruction"}\n', ": cannot*line 3"),
         ("dataset", [dict(instuction="a")], row_1 + ": has ['instuction']; for the nearest"),
         ("dataset", [dict(messages=[HI | dict(role="bot"), HELLO])], no_row),
         ("dataset", [dict(messages=[])], no_row), ("dataset", [ADD | dict(history=[1])], no_row),
@@ -1047,4 +1047,4 @@ def test_readme_commands_parse_and_help_names_every_flag(capsys):
     with raises(SystemExit):
         inversion.parse_flags(["--help"])
     shown = capsys.readouterr().out
-    assert all(entry[0] in shown for entry in inversion.FLAGS)
+    assert all(text in shown for text in ["world: {", *[flag for flag, *_ in inversion.FLAGS]])
