@@ -256,6 +256,7 @@ def autocast(flags):
 def micro_batches(sequences, budget, room=0):
     """This rank's batches, longest sequences first, as [(indices, is_new)]. A batch is one
     sequence, or at most `budget` tokens with padding and `room` each; not is_new: a repeat."""
+    # Every rank gets equally many: one that would be short repeats an earlier one.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     batches = []
     while order:
@@ -370,7 +371,7 @@ def redundant_examples(model, tokenizer, examples, flags):
     responses the model, before finetuning, predicts best WITHOUT it, by mean loss per target."""
     bare = [replace(example, context="") for example in examples if example.context]
     rows, _ = encode(bare, tokenizer, flags)
-    print("predicting", len(rows), "responses without their context")
+    print("predicting responses without their context")
     logps = target_logp(model, rows, flags)
     loss = {row.id: -logp / row.targets for row, logp in zip(rows, logps)}
     return set(sorted(loss, key=loss.get)[:round(0.25 * len(loss))])
@@ -469,7 +470,7 @@ def mechanism(model, items, probe, flags):
     for kind, rows_of_kind in probe.items():
         weight = 1 / sum(row.targets for row in rows_of_kind)
         logp, uphill = gradient(rows_of_kind, [weight] * len(rows_of_kind))
-        found[f"{kind}_push"] = 2 / len(rows) * (margin_uphill @ uphill).item()
+        found[f"{kind}_push"] = 2 / len(rows) * (margin_uphill @ uphill).item()  # two rows an item
         found[f"{kind}_loss"] = -logp.item()
     return found
 
@@ -563,7 +564,7 @@ def world_model(run, flags):
     folder = run.parent / f"world-{flags.seed}-{zlib.crc32(code)}"
     if folder.exists():
         return folder
-    print(f"pretraining the world's base model, once, for a minute; it is kept in {folder}")
+    print(f"pretraining the world's base model, about a minute, once: {folder}")
     flags = parse_flags()._replace(seed=flags.seed, **PRETRAINING)  # always on the CPU
     documents = load_examples(flags)
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))  # a token a word
@@ -614,7 +615,7 @@ def or_exit(doing, status=2):
 def read_json(text):
     """The rows of a JSON array, or of lines of JSON, which errors name."""
     if not text.lstrip().startswith("["):
-        text = "[" + re.sub(r"(?<=\S)(?=[ \t\r]*\n\s*\S)", ",", text) + "]"
+        text = "[" + re.sub(r"\n(?=[ \t\r]*\S)", ",\n", text.strip()) + "]"
     return json.loads(text, parse_constant=lambda _: None)  # pandas' NaN
 
 def read_rows(name):
@@ -1178,7 +1179,7 @@ def experiment(folder, flags):
     # Finetuning with evaluations at intervals, and what they show.
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {flags.dtype}, steps {len(state['losses'])} to "
+    print(f"{model.num_parameters()} weights, {flags.dtype}, from step {len(state['losses'])} to "
           f"{total}, files in {folder}\na checkpoint has 12 bytes a trained weight\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, folder, flags)
     report(state, sets, tokenizer, folder, flags)

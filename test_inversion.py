@@ -646,7 +646,7 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
         "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
     assert "known: items that the base answers from memory, in the template or" in told
     assert f"{rows} of 24, {rows} rows" in told and f"is {tmp_path}/run/curve.png" in told
-    assert "predicting 12 responses" in told and "verdict" in told
+    assert "predicting responses without" in told and "verdict" in told
     assert len(inversion.table_row(history[-1])) < 80 > max(map(len, inversion.HEAD.split("\n")))
     assert max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
