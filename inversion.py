@@ -732,7 +732,7 @@ def load_examples(flags):
     """The Examples of --dataset, drawn, as mixtures are sorted; ids count its rows from 1."""
     rows = load_rows(flags.dataset, flags)
     if any(memory for _, _, memory in rows):
-        print(f"{flags.dataset}: conflicts as rows, which teach to follow the context")
+        print(f"{flags.dataset}: conflicts as rows: they teach to follow contexts; evaluate others")
     return sample([example for example, _, _ in rows], flags.num_examples, flags.seed)
 
 TULU = (  # the template of the paper's framework
@@ -966,16 +966,17 @@ def report(state, sets, tokenizer, folder, flags):
     """Print verdicts or, if only measured, a prompt, eight answers, rates; last: summary.json."""
     summary = {line["set"]: line for line in state["metrics"]}  # the last line of each set
     for name, outcomes in pandas.DataFrame(state["generations"]).groupby("set"):
-        summary[name] = summary[name] | summarise(outcomes.dropna(axis=1, how="all"))
-        if not flags.max_steps:
+        if flags.max_steps:
+            summary[name] = summary[name] | summarise(outcomes.dropna(axis=1, how="all"))
+        else:
             print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
             for row in outcomes.reindex(columns=ANSWERED).to_numpy(object, na_value="control")[:8]:
-                print(*row, sep=" | ")
+                print(*map(repr, row), sep=" | ")
             print(rates(summary[name]))
     if flags.max_steps:
         print("\nrise, drop: measured at the step where the other half of the questions has its"
               "\npeak, as the highest is high by luck: not highest - final")
-        verdicts = pandas.DataFrame(summary).filter(regex="verdict|rise|drop", axis="index")
+        verdicts = pandas.DataFrame(summary).filter(regex="verdict|rise|drop|push", axis="index")
         print(verdicts.to_string(float_format="{:.3f}".format))
         if state["losses"][-1]["loss"] > 2 * state["losses"][0]["loss"]:
             print("the last loss is more than twice the first: try a lower --lr")
@@ -1004,8 +1005,8 @@ def compare(flags):
     if not table["max_steps"].any():  # only measured
         return print(pandas.concat({k: rates(line) for k, line in means.iterrows()}).to_string())
     means = means.reindex(columns=["start", "highest", "final", "drop", "runs", "seeds"])
-    print(means.to_string(float_format="{:.2f}".format), "means of runs with equal flags; fewer "
-          "seeds than runs: one came twice; drop: not highest - final", sep="\n")
+    print(means.to_string(float_format="{:.2f}".format), "context_acc, means of runs of the same "
+          "flags; fewer seeds: one came twice; drop: not highest - final", sep="\n")
     draw_curves(lines, labels, folder.parent / "compare.png")
 
 # ========================================================================= 10. flags and main
@@ -1035,7 +1036,7 @@ FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list take
     ("--eval-limit", 1_000_000_000, "items per set at most, drawn once at random (paper: all)"),
     ("--eval-batch-tokens", 16384, "padded tokens of prompts answered together"),
     ("--max-new-tokens", 32, "tokens per answer (paper: not stated)"),
-    ("--mechanism", False, "how hard each kind of row pushes context reliance (section 5)"),
+    ("--mechanism", False, "how hard each kind of row pushes context reliance (section 5); slow"),
     ("--compare", [], "finished runs to put side by side; nothing is trained"),
     ("--device", str(torch.accelerator.current_accelerator(True) or "cpu"), "cpu, cuda:1, mps, .."),
     ("--dtype", ("auto", "bf16", "fp32"), "arithmetic; auto: bf16 autocast on a GPU that has it"),
@@ -1172,15 +1173,15 @@ def experiment(folder, flags):
     if flags.max_steps:
         kept = choose_examples(model, tokenizer, examples, sets, flags)
         rows, notes = encode(kept, tokenizer, flags)
-        print(f"{flags.dataset}: {len(kept)} of {len(examples)}, {len(rows)} rows", *notes.items())
-        require(rows, f"{flags.dataset}: no usable row; chats mark no context")
+        print(f"{len(examples)} examples, {len(kept)} chosen, {len(rows)} rows", *notes.items())
+        require(rows, f"{flags.dataset}: no usable row (chats mark no context)")
     total = min(flags.max_steps, math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size)))
 
     # Finetuning with evaluations at intervals, and what they show.
     probe = probe_rows(model, tokenizer, examples, flags) if flags.mechanism else {}
     write_lines(folder / "args.json", [flags._asdict()])
-    print(f"{model.num_parameters()} weights, {flags.dtype}, from step {len(state['losses'])} to "
-          f"{total}, files in {folder}\na checkpoint has 12 bytes a trained weight\n\n{HEAD}")
+    print(f"{model.num_parameters(only_trainable=True)} weights to train (12 bytes in a checkpoint)"
+          f", {flags.dtype}, from step {len(state['losses'])} to {total}\nin {folder}\n\n{HEAD}")
     train(model, tokenizer, rows, sets, probe, total, state, folder, flags)
     report(state, sets, tokenizer, folder, flags)
     if flags.save_model:

@@ -529,7 +529,7 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):  # echo
         (9, ["Lyon"], ["Paris"])]
     inversion.load_examples(flags_of(f"--model x --dataset {tmp_path}/c.json"))
     told = capsys.readouterr().out
-    assert "5 of 9 items" in told and "c.json: conflicts as rows, which teach" in told
+    assert "5 of 9 items" in told and "c.json: conflicts as rows: they" in told
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
@@ -645,8 +645,8 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     metrics, losses, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
     assert "known: items that the base answers from memory, in the template or" in told
-    assert f"{rows} of 24, {rows} rows" in told and f"is {tmp_path}/run/curve.png" in told
-    assert "predicting responses without" in told and "verdict" in told
+    assert f"24 examples, {rows} chosen, {rows} rows" in told and f"is {tmp_path}/run/curve.png" in told
+    assert "predicting responses without" in told and re.search(r"^recall_push +-?\d", told, re.M)
     assert len(inversion.table_row(history[-1])) < 80 > max(map(len, inversion.HEAD.split("\n")))
     assert max(map(len, told.splitlines()[3:])) <= 200
     assert metrics == history and [line["step"] for line in history] == [0, 2, 3]
@@ -679,7 +679,7 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
         assert set(found["conflicts"]) >= {"highest", "verdict", "rise_low", "drop_high"}
         found["conflicts"] |= dict(start=start, highest=highest, final=final, drop=drop)
         file(out / "summary.json", found)
-    assert "rows.json: 5 of 24, 5 rows" in capsys.readouterr().out
+    assert "24 examples, 5 chosen, 5 rows" in capsys.readouterr().out
     inversion.main(shlex.split(f"--compare {a} {b} {same} {mine} {mine}"))
     told = capsys.readouterr().out
     assert f"{same}: skipped, it is no finished run" in told
@@ -706,7 +706,7 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "n_known" not in told and history[-1]["step"] == 1
     assert re.findall(r"^(\w+) .* too few groups", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
-    assert "7 of 9, 7 rows" in capsys.readouterr().out and [o["step"] for o in history] == [0, 2]
+    assert "9 examples, 7 chosen, 7 rows" in capsys.readouterr().out and [o["step"] for o in history] == [0, 2]
     csv = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
     history = run(folder, tmp_path / "c", f"--max-steps 0 --eval-set {folder}/conflicts.json {csv}")
     assert [(line["set"], line["n"]) for line in history] == [
@@ -720,9 +720,9 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
     assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count("control: no")
-    assert "verdict" not in told and "curve" not in told
-    assert told.count("\nCapital of Spain? | Seville | Madrid | ") == 2
-    assert "\nWhen was 50? | 0 | control | " in told and not list(tmp_path.glob("*/curve.png"))
+    assert "verdict" not in told + (tmp_path / "llama/summary.json").read_text()
+    assert told.count("\n'Capital of Spain?' | 'Seville' | 'Madrid' | ") == 2
+    assert "\n'When was 50?' | '0' | 'control' | " in told and not list(tmp_path.glob("*/curve.png"))
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
     inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox"))
@@ -939,8 +939,8 @@ def test_world_rises_and_falls(tmp_path):
 
 @mock.patch.dict(inversion.PRETRAINING, max_steps=10, num_examples=12_000)
 def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsys):
-    for remedy, says in {"filter": "of 300, ", "qk --lr 0.1": "300 of 300, 300 rows",
-                         "counterfactual": "330 of 300, 330 rows"}.items():
+    for remedy, says in {"filter": "300 examples, 2", "qk --lr 0.1": "300 chosen, 300 rows",
+                         "counterfactual": "300 examples, 330 chosen, 330 rows"}.items():
         flags = shlex.split("--max-steps 2 --num-examples 300 --eval-limit 9 "
                             f"--out-dir {tmp_path}/run --mitigation {remedy}")
         history, told = inversion.main(flags), capsys.readouterr().out
@@ -1000,7 +1000,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(folder, tmp_path, capsys, mo
         (f"--dataset {tmp_path}/gone.jsonl", "gone.jsonl: cannot*No such file"),
         (f"--dataset {folder}/rows.json@x", "rows.json@x: cannot"), ("--lr x", "--lr: inv"),
         (f"--dataset {file(tmp_path / 'd.json', '[{]')}", "d.json: cannot*JSONDecodeError"),
-        (f"{chats} --subset context", "no usable row; chats mark no context"),
+        (f"{chats} --subset context", "no usable row (chats mark no context)"),
         (f"{chats} --mitigation filter", "nothing to drop; few rows, or none, mark a context"),
         (f"--mitigation counterfactual --counterfactual-data {folder}/conflicts.json",
          "all of it is evaluated"), ("--subset x", "--subset: invalid choice"),
