@@ -1031,7 +1031,7 @@ FLAGS = [  # (flag, default, help); a tuple or dict has all choices, a list take
     ("--compile", False, "compile the layers: on a GPU 1.6 times as fast, after 20 s"),
     ("--lora-rank", 0, "train adapters of this rank (paper: 128); 0: all weights"),
     ("--checkpoint-every", 0, "optimizer steps between checkpoints; 0: none"),
-    ("--resume", False, "go on from the checkpoint in OUT_DIR, with the same flags"),
+    ("--resume", False, "go on from the checkpoint in OUT_DIR, if any, with the same flags"),
     ("--eval-every", 50, "optimizer steps between evaluations (paper: 50)"),
     ("--eval-limit", 1_000_000_000, "items per set at most, drawn once at random (paper: all)"),
     ("--eval-batch-tokens", 16384, "padded tokens of prompts answered together"),
