@@ -691,7 +691,6 @@ def as_texts(value):
         return [text for part in value for text in as_texts(part)]
     return [] if value is None else [str(value).strip()]
 
-
 def parse_turn(turn):
     """A turn of a chat as {"role", "content"}, with "weight" 0 where it is not to be learnt."""
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
