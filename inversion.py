@@ -813,7 +813,6 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         done = bare + answer
     return conversations
 
-
 def encode(examples, tokenizer, flags):
     """(Rows of the examples, Counter of what was dropped or cut: last turns of too long a one)."""
     rows, notes = [], collections.Counter()
