@@ -564,7 +564,7 @@ def world_model(run, flags):
     folder = run.parent / f"world-{flags.seed}-{zlib.crc32(code)}"
     if folder.exists():
         return folder
-    print(f"pretraining the world's base model, about a minute, once: {folder}")
+    print(f"pretraining the world's base, about a minute, once: {folder}")
     flags = parse_flags()._replace(seed=flags.seed, **PRETRAINING)  # always on the CPU
     documents = load_examples(flags)
     splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))  # a token a word
