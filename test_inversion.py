@@ -953,7 +953,7 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsy
     assert "9 rows ('dropped: words that the tokenizer does not" in capsys.readouterr().out
 
 
-def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
+def test_world_base_is_made_anew_by_other_code(tmp_path, capsys, monkeypatch):
     made = []
     for name, old, new in [("same", "", ""), ("copy", "", ""), ("small", "=256", "=128"),
                            ("slow", '"lr": 1e-3', '"lr": 5e-4')]:
@@ -962,11 +962,11 @@ def test_world_base_is_made_anew_by_other_code(tmp_path, capsys):
         path = file(tmp_path / f"{name}.py", code.replace(old, new))
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(sys.modules, {name: module}):  # dataclasses look there
-            spec.loader.exec_module(module)
-            module.PRETRAINING |= dict(num_examples=300, max_steps=1)
-            (tmp_path / "runs/x").mkdir(parents=True, exist_ok=True)
-            made.append(module.world_model(tmp_path / "runs/x", module.parse_flags()))
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        module.PRETRAINING |= dict(num_examples=300, max_steps=1)
+        (tmp_path / "runs/x").mkdir(parents=True, exist_ok=True)
+        made.append(module.world_model(tmp_path / "runs/x", module.parse_flags()))
     one, copy, *others = made
     assert one == copy and len({one, *others}) == 3 and one.parent == tmp_path / "runs"
     assert all(Path(path, "model.safetensors").exists() for path in made)
