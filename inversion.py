@@ -79,9 +79,9 @@ def words(text):
     """Words of a text as score compares them: without case, punctuation and most accents."""
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)|\b([A-Z])\. (?=[A-Z]\.)", r"\1\2", text)  # J. K.
     text = unicodedata.normalize("NFKD", text.replace("&", " and ")).casefold()
+    # Accents, the signs of vowels in Arabic and Hebrew; then 1,500, 1932.0, Fermi's.
     text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}])\p{M}+", "", text)
     text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−", "oldhi/-"))
-    # 1,500; 1932.0; Fermi's
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.00?(?!\.?\d)|['’]s\b|['’‘ʻʼ`]", "", text)
     return WORD.findall(re.sub(r"\bkilomet(er|re)s?\b", "km", text))
 
@@ -117,7 +117,7 @@ def score(text, conflict):
 
 def aliases(answers, person):
     """The answers and their parts ('La Paz (administrative); Sucre (judicial)' -> La Paz, Sucre),
-    names in brackets, what stands before a comma, a person's last name."""
+    names in brackets, what stands before ", Greece" and the like, a person's last name."""
     found = []
     for answer in answers:
         parts = re.split("; | or ", answer) if re.search("[;(]", answer) else [answer]
@@ -146,8 +146,8 @@ def load_conflicts(name, flags):
             question = example.messages[-2]["content"]  # the answer is last
             mine, theirs = scorable(answers, memory, question), scorable(memory, answers, question)
             if mine and plain_answer(answers[0]) not in map(plain_answer, memory):
-                found.setdefault((example.context, question, *answers), Conflict(
-                    example.id, question, example.context, mine, theirs))
+                conflict = Conflict(example.id, question, example.context, mine, theirs)
+                found.setdefault((example.context, question, *answers), conflict)
     print(f"{name}: {len(found)} of {len(rows)} items: no repeats, context and answers that differ")
     return list(found.values())
 
@@ -210,11 +210,11 @@ def evaluate(model, tokenizer, items, known, flags):
     rows = [item.context_row for item in disputed] + [item.parametric_row for item in disputed]
     logps = target_logp(model, rows, flags)
     remembered = recalled(disputed, closed_book)
-    if known is None:  # a base does not answer in a template yet, but in a first line without one
+    if known is None:  # a base cannot use a template yet: the first line without one counts, too
         bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids
                 for item in disputed]
-        said = generate(model, tokenizer, bare, flags)
-        known = remembered | recalled(disputed, [text.strip().partition("\n")[0] for text in said])
+        lines = [text.strip().split("\n")[0] for text in generate(model, tokenizer, bare, flags)]
+        known = remembered | recalled(disputed, lines)
     outcomes = []
     for i, item in enumerate(items):
         conflict = item.conflict
@@ -256,13 +256,13 @@ def autocast(flags):
 def micro_batches(sequences, budget, room=0):
     """This rank's batches, longest sequences first, as [(indices, is_new)]. A batch is one
     sequence, or at most `budget` tokens with padding and `room` each; not is_new: a repeat."""
-    # Every rank gets equally many: one that would be short repeats an earlier one.
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
     batches = []
     while order:
         size = max(budget // (len(sequences[order[0]]) + room), 1)
         batches.append(order[:size])
         del order[:size]
+    # Every rank gets equally many batches: one that would be short repeats an earlier batch.
     return [(batches[i % len(batches)], i < len(batches))
             for i in range(RANK, RANK + len(batches), RANKS)]
 
@@ -348,9 +348,9 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
             write_lines(folder / f"{name}.jsonl", state[name])
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
-    if state["losses"]:
-        restore(model, optimizer, folder)
     done = len(state["losses"])
+    if done:
+        restore(model, optimizer, folder)
     bar = progress(range(done, total), "training", initial=done, total=total)
     for step in bar:
         if step % flags.eval_every == 0:
@@ -396,7 +396,7 @@ NO_NAMES = set("""January February March April May June July August September Oc
 
 def not_naming(examples, sets):
     """The examples that name no evaluated answer or subject (section 4.1). A subject is a run of
-    capitalised words inside an evaluated question's sentence, not a lone letter, month or day."""
+    capitalised words inside a sentence of an evaluated question, no lone letter or NO_NAMES."""
     subject = r"(?<=[\w,] )[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
     names, kept = set(), []
     for c in [item.conflict for items in sets.values() for item in items]:
@@ -567,7 +567,8 @@ def world_model(run, flags):
     print(f"pretraining the world's base, about a minute, once: {folder}")
     flags = parse_flags()._replace(seed=flags.seed, **PRETRAINING)  # always on the CPU
     documents = load_examples(flags)
-    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))  # a token a word
+    # A token a word; one that it does not know is <s>, and tokenize leaves its row out.
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<s>"))
     splitter.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<s>", "|"], show_progress=False)
     splitter.train_from_iterator([f"{e.context} {e.messages}" for e in documents], trainer)
@@ -791,7 +792,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
     prompt's ids do not depend on what follows. Cut at `max_length`. Raises Unusable."""
     turns, conversations, done, length = list(messages), [[]], "", 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 calls its end so, too
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # they are one in GPT-2
     if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
     if context:  # of a single question: a chat has none
@@ -804,7 +805,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         answer = prompt[len(bare):] + turns[i]["content"] + end
         before, ids = tokenizer([bare[len(done):], answer], add_special_tokens=False).input_ids
-        if unknown & {*before[1:], *ids}:
+        if unknown & {*before[1:], *ids}:  # the first may be <s>, to begin with
             raise Unusable("words that the tokenizer does not know")
         length += len(before) + len(ids)
         if length > max_length:
@@ -982,7 +983,7 @@ def report(state, sets, tokenizer, folder, flags):
     write_lines(folder / "summary.json", [summary])
 
 def compare(flags):
-    """Print a table of the runs of --compare, all seeds of a setting as one line, and draw it."""
+    """Print a table of the runs of --compare, those of equal flags as one line, and draw it."""
     runs, lines = [], []
     for folder in map(Path, flags.compare):
         if not (folder / "summary.json").exists():
@@ -998,8 +999,8 @@ def compare(flags):
     ignored = FREE + ("seed", "eval_set", "mechanism", "compare")  # tell no settings apart
     labels = [name for name in [*args, "set"]
               if name not in ignored and table[name].nunique() > 1] or ["set"]
-    group = table.groupby(labels)
-    means = group.mean(numeric_only=True).assign(runs=group.size(), seeds=group.seed.nunique())
+    alike = table.groupby(labels)
+    means = alike.mean(numeric_only=True).assign(runs=alike.size(), seeds=alike.seed.nunique())
     if not table["max_steps"].any():  # only measured
         return print(pandas.concat({k: rates(line) for k, line in means.iterrows()}).to_string())
     means = means.reindex(columns=["start", "highest", "final", "drop", "runs", "seeds"])
@@ -1094,6 +1095,7 @@ def load_model(source, tokenizer, flags):
         dtype=torch.bfloat16 if half else "auto")
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
+    # Words that the tokenizer of the world knows, too.
     [(prompt, _), (turn, _)], = tokenize(question_and_answer("What is", "The"), tokenizer)
     with or_exit(f"--model {source}: a forward pass of it, with an embedding for every token"):
         ids = torch.tensor([[1, 2], [1, max(prompt + turn)]], device=model.device)
@@ -1111,7 +1113,7 @@ def load_model(source, tokenizer, flags):
         torch.manual_seed(flags.seed)
         with or_exit("--lora-rank: adding adapters with peft (pip install peft)"):
             import peft
-            model = peft.get_peft_model(model, peft.LoraConfig(  # in fp32; all but what it cannot
+            model = peft.get_peft_model(model, peft.LoraConfig(  # all layers that it can wrap
                 r=flags.lora_rank, lora_alpha=16, target_modules="all-linear",
                 task_type="CAUSAL_LM", exclude_modules=r".*\b(mamba|mixer|router)\b.*"))
     if flags.activation_checkpointing:
@@ -1169,9 +1171,9 @@ def experiment(folder, flags):
     # The rows to train on: what --subset and --mitigation make of the conversations.
     rows = []
     if flags.max_steps:
-        kept = choose_examples(model, tokenizer, examples, sets, flags)
-        rows, notes = encode(kept, tokenizer, flags)
-        print(f"{len(examples)} examples, {len(kept)} chosen, {len(rows)} rows", *notes.items())
+        chosen = choose_examples(model, tokenizer, examples, sets, flags)
+        rows, notes = encode(chosen, tokenizer, flags)
+        print(f"{len(examples)} examples, {len(chosen)} chosen, {len(rows)} rows", *notes.items())
         require(rows, f"{flags.dataset}: no usable row (chats mark no context)")
     total = min(flags.max_steps, math.ceil(flags.epochs * math.ceil(len(rows) / flags.batch_size)))
 
@@ -1220,6 +1222,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # else its threads may abort at the end
     except torch.OutOfMemoryError:
         require(False, "out of memory: lower the flags --*-batch-tokens", status=1)

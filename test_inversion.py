@@ -124,8 +124,7 @@ def rows_of(lengths, seed=0):  # random tokens; lengths: (of the prompt, of the 
             for i, (prompt, target) in enumerate(lengths)]
 
 
-def their_loss(model, *rows):
-    """transformers' own loss, the mean over all targets of the rows, which it sees one by one."""
+def their_loss(model, *rows):  # transformers' own: the mean over all targets, seen row by row
     return sum(model(input_ids=row.input_ids[None].long(), labels=row.labels[None].long(),
                      num_items_in_batch=sum(r.targets for r in rows)).loss for row in rows)
 
@@ -645,7 +644,7 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     metrics, losses, said, args = [lines_of(tmp_path / "run" / name) for name in (
         "metrics.jsonl", "losses.jsonl", "generations.jsonl", "args.json")]
     assert "known: items that the base answers from memory, in the template or" in told
-    assert f"24 examples, {rows} chosen, {rows} rows" in told and f"is {tmp_path}/run/curve.png" in told
+    assert f"24 examples, {rows} chosen, {rows} rows" in told and f"{tmp_path}/run/curve" in told
     assert "predicting responses without" in told and re.search(r"^recall_push +-?\d", told, re.M)
     assert len(inversion.table_row(history[-1])) < 80 > max(map(len, inversion.HEAD.split("\n")))
     assert max(map(len, told.splitlines()[3:])) <= 200
@@ -665,7 +664,7 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 
-def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):  # mine
+def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch):  # a remedy
     monkeypatch.setitem(inversion.MITIGATIONS, "mine", lambda model, tokenizer, rows, *_: rows[:5])
     a, same, b, mine, again = [tmp_path / name for name in ("a", "same", "b", "mine", "again")]
     for out, more in {a: "", same: "", b: "--seed 2", mine: "--mitigation mine"}.items():
@@ -685,8 +684,8 @@ def test_same_seed_saved_model_and_compare(folder, tmp_path, capsys, monkeypatch
     assert f"{same}: skipped, it is no finished run" in told
     none, = [line.split() for line in told.splitlines() if line.startswith("none")]
     assert none[-6:] == ["0.30", "0.70", "0.30", "0.20", "2", "2"]
-    assert not re.search(r"\bseed\b", told) and "mitigation" in told
-    assert re.search("^mine .* 2 +1$", told, re.M) and (tmp_path / "compare.png").exists()
+    assert not re.search(r"\bseed\b", told) and re.search("^mine .* 2 +1$", told, re.M)
+    assert "mitigation" in told and (tmp_path / "compare.png").stat().st_size > 5000
 
 
 def test_a_curve_ends_with_its_run(tmp_path):
@@ -706,11 +705,11 @@ def test_sets_without_conflict_as_control_and_as_training_data(folder, tmp_path,
     assert "n_known" not in told and history[-1]["step"] == 1
     assert re.findall(r"^(\w+) .* too few groups", told, re.M) == ["verdict"]
     history = run(folder, tmp_path / "b", f"--dataset {squad} --mitigation filter --template tulu")
-    assert "9 examples, 7 chosen, 7 rows" in capsys.readouterr().out and [o["step"] for o in history] == [0, 2]
+    assert "9 examples, 7 chosen, 7 rows" in capsys.readouterr().out
+    assert [line["step"] for line in history] == [0, 2]
     csv = file(tmp_path / "conflicts.csv", pandas.DataFrame(CONFLICTS[:2]).to_csv(index=False))
     history = run(folder, tmp_path / "c", f"--max-steps 0 --eval-set {folder}/conflicts.json {csv}")
-    assert [(line["set"], line["n"]) for line in history] == [
-        ("conflicts", 6), (str(csv), 2)]  # of one stem, told apart
+    assert [(line["set"], line["n"]) for line in history] == [("conflicts", 6), (str(csv), 2)]
 
 
 def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
@@ -721,8 +720,9 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
     assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count("control: no")
     assert "verdict" not in told + (tmp_path / "llama/summary.json").read_text()
+    assert "curve" not in told and not list(tmp_path.glob("*/curve.png"))
     assert told.count("\n'Capital of Spain?' | 'Seville' | 'Madrid' | ") == 2
-    assert "\n'When was 50?' | '0' | 'control' | " in told and not list(tmp_path.glob("*/curve.png"))
+    assert "\n'When was 50?' | '0' | 'control' | " in told
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
     inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox"))
@@ -800,8 +800,8 @@ def test_two_ranks_are_one_process(folder, tmp_path):  # FSDP2 on gloo, to 1e-5
 
 
 def test_three_ranks_with_unequal_shares_do_not_wait_and_end_with_one_that_dies(folder, tmp_path):
-    flags = "--max-steps 1 --eval-batch-tokens 1 --eval-limit"
-    runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n}") for n in (1, 2, 4)]
+    flags, few = "--max-steps 1 --eval-limit", "--eval-batch-tokens 1"
+    runs = [argv(folder, tmp_path / f"3-{n}", f"{flags} {n} {few}") for n in (1, 2, 4)]
     done = torchrun(tmp_path, 3, runs, """from unittest import mock
 if inversion.RANK == 1:
     inversion.generate = mock.Mock(side_effect=MemoryError("rank 1 is out of memory"))
@@ -948,8 +948,8 @@ def test_world_goes_through_the_same_runs_and_its_base_is_cached(tmp_path, capsy
         assert [line["set"] for line in history[:3]] == ["world", "world_agreeing", "world_reading"]
         assert "critical_push" in history[0] and "margin" not in history[1]
         assert [o["n"] for o in history] == [9] * 6 and len(list(tmp_path.glob("world*"))) == 1
-    own = file(tmp_path / "own.json", [ADD, *inversion.make_world(0)["rows"][:9]])
-    inversion.main([*flags, "--mitigation", "none", "--dataset", str(own)])
+    file(tmp_path / "own.json", [ADD, *inversion.make_world(0)["rows"][:9]])
+    inversion.main([*flags, "--mitigation", "none", "--dataset", f"{tmp_path}/own.json"])
     assert "9 rows ('dropped: words that the tokenizer does not" in capsys.readouterr().out
 
 
