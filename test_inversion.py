@@ -177,7 +177,7 @@ def test_golden_labels(row, text, learnt, tokenizer):
     ("5", "6", {"-5": NEITHER, "about 5.": C}), ("1", "2", {"½": NEITHER}),
     ("1,500", "1", {"1500": C}), ("10", "9", {"10%": C}), ("1990", "1991", {"born (1990)": C}),
     ("2,000 km", "21,000 km", {"about 2000 kilometers.": C}),
-    ("5 km", "1932.0", {"It is 5km long": C, "in 1932.": P}), ("A & B", "U2", {"A and B": C}),
+    ("5 km", "1932.0", {"It is 5km long": C, "in 1932.": P}), ("X & Y", "U2", {"X and Y": C}),
     ("القاهرة", "Nuku'alofa", {"القَاهِرَة": C, "Nukuʻalofa": P}),
     ("Đà Nẵng", "Huế", {"Da Nang": C}), ("राम", "रोम", {"रोम": P, "राम": C}),  # letters, scripts
     ("Hulhumalé", "Malé", {"hulhumale": C}), ("Tromsø", "Straße", {"tromso": C, "STRASSE": P}),
@@ -626,7 +626,7 @@ def test_subsets(folder):
     model, tokenizer, _, _, flags = load(folder)
     c = inversion.Conflict(1, 'Is New Velora, in May? If The "x"?', "Lyon.", ["Lyon"], ["Paris"])
     sets = {"s": [inversion.to_item(c, tokenizer, 99)]}
-    texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May the if".split("/")
+    texts = "I like lyon!/Lyons/New Velora/Velora/comparison/PARIS./What city/May if the".split("/")
     mine = [Example(i, question_and_answer(text, "x"), "c" * (i % 2))
             for i, text in enumerate(texts)] + [Example(8, TURNS[1:3], "In Lyon.")]
     for name, wanted in [("context", [1, 3, 5, 7, 8]), ("no-overlap", [1, 3, 4, 6, 7])]:
