@@ -79,10 +79,10 @@ def words(text):
     """Words of a text as score compares them: without case, punctuation and most accents."""
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)|\b([A-Z])\. (?=[A-Z]\.)", r"\1\2", text)  # J. K.
     text = unicodedata.normalize("NFKD", text.replace("&", " and ")).casefold()
-    # Accents, the signs of vowels in Arabic and Hebrew; then 1,500, 1932.0, Fermi's.
+    # Accents, the signs of vowels in Arabic, Hebrew; then 1,500, 1932.0, Fermi's, l'Italie.
     text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}])\p{M}+", "", text)
-    text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−", "oldhi/-"))
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.00?(?!\.?\d)|['’]s\b|['’‘ʻʼ`]", "", text)
+    text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−’‘ʻʼ", "oldhi/-''''"))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.00?(?!\.?\d)|\b[dl]'(?=\w\w)|'s\b|'", "", text)
     return WORD.findall(re.sub(r"\bkilomet(er|re)s?\b", "km", text))
 
 def plain(text):
@@ -189,8 +189,9 @@ def recalled(items, texts):
     """Ids of the items whose memorised answer stands in their text."""
     return {item.conflict.id for item, text in zip(items, texts) if score(text, item.conflict)[1]}
 
-RATES = {"context_acc": "n", "parametric_acc": "n_conflicts",  # shares, and what they are shares of
-         "both": "n_conflicts", "neither": "n_conflicts", "context_acc_known": "n_known",
+# Shares, and what they are shares of.
+RATES = {"stated": "n", "context_acc": "n", "parametric_acc": "n_conflicts", "both": "n_conflicts",
+         "neither": "n_conflicts", "context_acc_known": "n_known",
          "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}
 METRICS = [*RATES, "margin", "m_c"]
 
@@ -198,17 +199,16 @@ def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context, drawing no random number. Returns its outcomes:
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
-    context_acc, parametric_acc: the hits of score(); both, neither: of the two. closed_book_acc:
-    memory answers without the context. "known" of an item: it did so in the first evaluation, in
-    the template or to the bare question; `known`: their ids, or None in that evaluation. Of the two
+    context_acc, parametric_acc, both, neither: hits of score(); stated: the context is one itself.
+    closed_book_acc: memory answers without it. "known" of an item: it did so in the first
+    evaluation, in the template or to the bare question; `known`: their ids, or None then. Of the
     answers: margin: log p(c) - log p(m), each per token; m_c (Theorem 1): p(c) / (p(c) + p(m))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     disputed = [item for item in items if item.parametric_row]  # the others are controls, and last
-    prompts = [item.prompt for item in items] + [item.closed_book_prompt for item in disputed]
-    texts = generate(model, tokenizer, prompts, flags)
-    closed_book = texts[len(items):]
-    rows = [item.context_row for item in disputed] + [item.parametric_row for item in disputed]
-    logps = target_logp(model, rows, flags)
+    texts = generate(model, tokenizer, [item.prompt for item in items], flags)
+    closed_book = generate(model, tokenizer, [item.closed_book_prompt for item in disputed], flags)
+    context_logps = target_logp(model, [item.context_row for item in disputed], flags)
+    memory_logps = target_logp(model, [item.parametric_row for item in disputed], flags)
     remembered = recalled(disputed, closed_book)
     if known is None:  # a base cannot use a template yet: the first line without one counts, too
         bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids
@@ -220,9 +220,10 @@ def evaluate(model, tokenizer, items, known, flags):
         conflict = item.conflict
         context, memory = score(texts[i], conflict)  # does it give that answer?
         outcome = {"id": conflict.id, "group": conflict.question, "text": texts[i],
-                   "context_answer": conflict.context_answers[0], "context_acc": context}
+                   "context_answer": conflict.context_answers[0], "context_acc": context,
+                   "stated": score(conflict.context, conflict)[0]}
         if item.parametric_row:
-            context_logp, memory_logp = logps[i], logps[len(disputed) + i]
+            context_logp, memory_logp = context_logps[i], memory_logps[i]
             outcome |= {
                 "parametric_answer": conflict.parametric_answers[0], "parametric_acc": memory,
                 "both": context and memory, "neither": not (context or memory),
@@ -735,7 +736,8 @@ def load_examples(flags):
         print(f"{flags.dataset}: conflicts as rows: they teach to follow contexts; evaluate others")
     return sample([example for example, _, _ in rows], flags.num_examples, flags.seed)
 
-TULU = (  # the template of the paper's framework
+# The template of the paper's framework.
+TULU = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
     "{{ eos_token if m.role == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
@@ -1135,7 +1137,7 @@ def load_sets(tokenizer, positions, flags):
                 items.append(to_item(conflict, tokenizer, positions - flags.max_new_tokens))
         print(f"{name}: {len(items)} items fit the model: its words, its length")
         require(items, f"{name}: no usable evaluation item")
-        items.sort(key=lambda item: item.parametric_row is None)
+        items.sort(key=lambda item: not item.parametric_row)
         sets[name if stem in sets else stem] = items
     return sets
 

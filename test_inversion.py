@@ -171,7 +171,7 @@ def test_golden_labels(row, text, learnt, tokenizer):
     ("パリ", "서울", {"バリ島": NEITHER, "서울은": P}), ("Lyon", "Paris", {"": NEITHER}),
     ("Hepatitis B", "Hepatitis A", {"hepatitis a": P, "a hepatitis B": C}),
     ("A", "B", {"Answer: A": C, "B.": P}), ("Denver", "Washington, D.C.", {"Washington DC": P}),
-    ("Fermi", "da Vinci", {"Fermi's work": C}), ("the US", "UK", {"The U.S. it is": C}),
+    ("Italie", "l'Égypte", {"L’Italie's": C, "Egypte": P}), ("the US", "UK", {"The U.S. it is": C}),
     ("19", "21", {"in 1921": NEITHER}), ("5", "2", {"2.5 bar": NEITHER}),  # numbers
     ("3", "50", {"3.50": NEITHER}), ("30", "12", {"12:30": NEITHER}), ("-5", "5", {"−5": C}),
     ("5", "6", {"-5": NEITHER, "about 5.": C}), ("1", "2", {"½": NEITHER}),
@@ -291,10 +291,9 @@ def test_push_is_what_a_small_step_does_to_the_margin(family, qk, folder):
         assert found[f"{kind}_loss"] == approx(loss.item(), rel=1e-5)
 
 
-def summary(*evaluations, groups=1000, control=False):
+def summary(*evaluations, groups=1000, **margin):  # a control has none
     return inversion.summarise(pandas.DataFrame([
-        dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit),
-             **({} if control else {"margin": 0.0}))
+        dict(step=10 * step, id=i, group=f"g{i % groups}", context_acc=bool(hit), **margin)
         for step, hits in enumerate(evaluations) for i, hit in enumerate(hits)]))
 
 
@@ -307,7 +306,7 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     runs = pandas.DataFrame([summary(*[[noise() < 0.5 for _ in range(100)] for _ in range(20)])
                              for _ in range(40)])
     assert (runs["highest"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
-    assert runs["verdict"].isin(["inversion", "a fall"]).sum() <= 3
+    assert runs["verdict"].isin(["both", "a fall"]).sum() <= 3
     chance, few = random.Random(1).random, [[0] * 8, [1] * 8, [1, 0] * 4]
     runs = pandas.DataFrame([summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
                              for _ in range(200)])
@@ -323,8 +322,8 @@ def test_verdicts():
     five, six = [summary([0] * 40, [1] * 40, [0] * 40, groups=groups) for groups in (5, 6)]
     cases = [(same, "no change shown"), (summary([0] * 40, [1, 0] * 20), "a rise"),
              (summary([1] * 40, [1, 0] * 20), "a fall"),  # from the start: no inversion
-             (summary(*evaluations), "inversion"), (summary(*evaluations, control=True), "both"),
-             (five, "too few groups"), (six, "inversion")]  # many items, few groups
+             (summary(*evaluations, margin=0.0), "inversion"), (summary(*evaluations), "both"),
+             (five, "too few groups"), (six, "both")]  # many items, few groups
     assert [found["verdict"] for found, _ in cases] == [verdict for _, verdict in cases]
 
 
@@ -348,18 +347,19 @@ def test_metrics_and_rates_by_hand():  # the base knew the first two; intervals 
 
 def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, monkeypatch):
     model, tokenizer, items, _, flags = load(folder)
+    unstated = inversion.replace(items[5].conflict, context="It moved to Barium.")
+    items[5] = inversion.replace(items[5], conflict=unstated)
     bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
     said = {str(items[0].closed_book_prompt): "Paris", str(bare[3]): " Madrid.\nQuestion:",
             str(bare[2]): "Cusco\nLima"}
     monkeypatch.setattr(inversion, "generate", lambda model, tokenizer, prompts, flags: [
         said.get(str(prompt), "Lyon") for prompt in prompts])
     first = inversion.evaluate(model, tokenizer, items, None, flags)
-    assert [o["known"] for o in first] == [True, False, False, True, False, False]
-    assert [o["closed_book_acc"] for o in first] == [True] + [False] * 5
+    for key, wanted in dict(known=[0, 3], closed_book_acc=[0], stated=[0, 1, 2, 3, 4]).items():
+        assert [i for i, outcome in enumerate(first) if outcome[key]] == wanted
     assert first[0]["context_acc"] and "context_acc_known" in first[3]
     later = inversion.evaluate(model, tokenizer, items, [items[1].conflict.id], flags)
-    assert [o["known"] for o in later] == [False, True] + [False] * 4
-    assert "context_acc_known" in later[1] and "context_acc_known" not in later[0]
+    assert [o["known"] + ("context_acc_known" in o) for o in later] == [0, 2, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
