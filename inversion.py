@@ -223,13 +223,12 @@ def evaluate(model, tokenizer, items, known, flags):
                    "context_answer": conflict.context_answers[0], "context_acc": context,
                    "stated": score(conflict.context, conflict)[0]}
         if item.parametric_row:
-            context_logp, memory_logp = context_logps[i], memory_logps[i]
             outcome |= {
                 "parametric_answer": conflict.parametric_answers[0], "parametric_acc": memory,
                 "both": context and memory, "neither": not (context or memory),
-                "margin": (context_logp / item.context_row.targets
-                           - memory_logp / item.parametric_row.targets),
-                "m_c": torch.tensor(context_logp - memory_logp).sigmoid().item(),
+                "margin": (context_logps[i] / item.context_row.targets
+                           - memory_logps[i] / item.parametric_row.targets),
+                "m_c": torch.tensor(context_logps[i] - memory_logps[i]).sigmoid().item(),
                 "closed_book_text": closed_book[i], "known": conflict.id in known,
                 "closed_book_acc": conflict.id in remembered}
         if outcome.get("known"):
@@ -334,8 +333,7 @@ def train(model, tokenizer, rows, sets, probe, total, state, folder, flags):
     @torch.compiler.set_stance("force_eager")  # prompts have too many shapes to compile for
     def measure(step):
         # evaluates every set, prints a line of metrics each and saves all there is
-        since = (step - 1) // flags.eval_every * flags.eval_every  # the last evaluation
-        recent = pandas.DataFrame(state["losses"][since:]).mean().to_dict()
+        recent = pandas.DataFrame(state["losses"][-flags.eval_every:]).mean().to_dict()
         for name, items in sets.items():
             outcomes = evaluate(model, tokenizer, items, state["known"].get(name), flags)
             state["known"][name] = [outcome["id"] for outcome in outcomes if outcome.get("known")]
@@ -439,7 +437,7 @@ PROBE = 160  # rows of each kind, and conflicts, that the mechanism is measured 
 def probe_rows(model, tokenizer, examples, flags):
     """{kind: at most PROBE rows}, as in section 4.3: recall has no context; of the rows with one,
     the quarter of lowest context-free loss is redundant, the others are critical."""
-    examples = sample(examples, 5 * PROBE, flags.seed)
+    examples = sample(examples, 800, flags.seed)  # a quarter: about PROBE
     kinds = {example.id: "critical" if example.context else "recall" for example in examples}
     kinds |= dict.fromkeys(redundant_examples(model, tokenizer, examples, flags), "redundant")
     probe = {}
@@ -790,11 +788,10 @@ def answer_place(turns, tokenizer):
 def tokenize(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the chat template as a list of conversations [(token ids, supervised), ..]:
     one, but where the template rewrites the turns before an answer, a new one starts there.
-    Supervised: the answers, with the one token that ends each. Each part is tokenised on its own: a
-    prompt's ids do not depend on what follows. Cut at `max_length`. Raises Unusable."""
+    Supervised: the answers, with the one token that ends each. An answer is tokenised as it stands
+    after its prompt, whose ids do not depend on it. Cut at `max_length`. Raises Unusable."""
     turns, conversations, done, length = list(messages), [[]], "", 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # they are one in GPT-2
     if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
     if context:  # of a single question: a chat has none
@@ -805,15 +802,19 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
             conversations.append([])
             done, length = "", 0
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
-        answer = prompt[len(bare):] + turns[i]["content"] + end
-        before, ids = tokenizer([bare[len(done):], answer], add_special_tokens=False).input_ids
-        if unknown & {*before[1:], *ids}:  # the first may be <s>, to begin with
+        text = prompt + turns[i]["content"] + end
+        before, whole, ids = tokenizer([bare[len(done):], text[len(done):], text[len(bare):]],
+                                       add_special_tokens=False).input_ids
+        if whole[:len(before)] == before:  # alone, it would begin with a space in Llama 2
+            ids = whole[len(before):]
+        # The first may be <s>, to begin with; in GPT-2, what ends an answer is <unk>, too.
+        if ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}) & {*before[1:], *ids}:
             raise Unusable("words that the tokenizer does not know")
-        length += len(before) + len(ids)
+        length += len(before + ids)
         if length > max_length:
             break
         conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
-        done = bare + answer
+        done = text
     return conversations
 
 def encode(examples, tokenizer, flags):
@@ -946,7 +947,7 @@ def rates(line):
     """The rates of a line of metrics as a table, with Wilson's 95% intervals, good near 0 and 1."""
     p = pandas.Series(line).reindex(RATES).dropna().astype(float)
     n = p.index.map(RATES).map(line)  # of how many
-    w = 1.96 ** 2 / n
+    w = 3.8416 / n  # 1.96 squared
     mid, half = (p + w / 2) / (1 + w), (w * (p * (1 - p) + w / 4)) ** 0.5 / (1 + w)
     return pandas.DataFrame({"share": p, "low": mid - half, "high": mid + half, "n": n}).round(2)
 

@@ -9,7 +9,7 @@ from pytest import approx, raises
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import inversion
-from inversion import Example, question_and_answer
+from inversion import Conflict, Example, question_and_answer, replace
 
 torch.set_num_threads(1)  # in work on tiny tensors, threads mostly wait for each other
 SIZES = dict(vocab_size=420, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=1,
@@ -328,10 +328,9 @@ def test_verdicts():
 
 
 def test_metrics_and_rates_by_hand():  # the base knew the first two; intervals are Wilson's
-    outcomes = [dict(id=i, context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p),
-                     neither=not c and not p, closed_book_acc=i == 0, margin=float(i), known=i < 2)
-                | ({"context_acc_known": bool(c)} if i < 2 else {})
-                for i, (c, p) in enumerate([C, P, BOTH, NEITHER])]
+    outcomes = [dict(context_acc=bool(c), parametric_acc=bool(p), both=bool(c and p), margin=i,
+                     neither=not c and not p, closed_book_acc=i == 0, context_acc_known=k)
+                for i, (c, p, k) in enumerate([(*C, 1), (*P, 0), (*BOTH, None), (*NEITHER, None)])]
     assert inversion.metrics([*outcomes, dict(id=9, context_acc=True)]) == approx(dict(
         n=5, n_conflicts=4, n_known=2, margin=1.5, context_acc=0.6, parametric_acc=0.5, both=0.25,
         neither=0.25, closed_book_acc=0.25, context_acc_known=0.5))
@@ -347,8 +346,7 @@ def test_metrics_and_rates_by_hand():  # the base knew the first two; intervals 
 
 def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, monkeypatch):
     model, tokenizer, items, _, flags = load(folder)
-    unstated = inversion.replace(items[5].conflict, context="It moved to Barium.")
-    items[5] = inversion.replace(items[5], conflict=unstated)
+    items[5] = replace(items[5], conflict=Conflict(6, "q", "It moved to Barium.", ["Bari"], ["x"]))
     bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
     said = {str(items[0].closed_book_prompt): "Paris", str(bare[3]): " Madrid.\nQuestion:",
             str(bare[2]): "Cusco\nLima"}
@@ -383,9 +381,10 @@ def test_margin_is_that_of_the_model(template, space, folder):  # ' Lyon', not '
 
 
 @pytest.mark.parametrize("template, adds_bos", [("tulu", 1), ("auto", 1), ("tulu", 0), ("auto", 0)])
-def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenizer, tmp_path):
-    """A prompt has one BOS where the tokenizer adds one, and is the same whatever the answer."""
+@pytest.mark.parametrize("lead", [None, tokenizers.normalizers.Prepend(" ")])  # as Llama 2's does
+def test_a_saved_template_gives_the_ids_of_training(lead, template, adds_bos, tokenizer, tmp_path):
     mine = AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
+    mine.backend_tokenizer.normalizer = lead
     mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "auto" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
@@ -397,8 +396,9 @@ def test_a_saved_template_gives_the_ids_of_training(template, adds_bos, tokenize
         [(prompt, _), (learned, supervised)], = inversion.tokenize(messages, mine)
         assert prompt == theirs(messages[:1], add_generation_prompt=True)
         assert supervised and learned[-1] == mine.eos_token_id
-    assert theirs(messages)[:len(prompt + learned)] == prompt + learned
-    assert mine.decode(prompt).count("<s>") == adds_bos
+    parts, = inversion.tokenize([*messages, HI, HELLO], mine)
+    ids = sum([part for part, _ in parts], [])
+    assert theirs([*messages, HI, HELLO])[:len(ids)] == ids and prompt.count(0) == adds_bos
 
 
 def decoded(template, turns, tokenizer, context=""):
@@ -656,9 +656,9 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     for key in ("loss", "critical_push", "margin"):
         on, off = [[line.get(key, 0) for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)
-    one, two, three = [line["loss"] for line in losses]  # the mean since the last evaluation:
+    one, two, three = [line["loss"] for line in losses]  # the mean over the last --eval-every
     assert "loss" not in history[0] and history[1]["loss"] == approx((one + two) / 2)
-    assert history[2]["loss"] == approx(three) and history[2]["lr"] == losses[2]["lr"] > 0
+    assert history[2]["loss"] == approx((two + three) / 2) and history[2]["lr"] > 0
     assert [line["step"] for line in losses] == [1, 2, 3]
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
