@@ -384,7 +384,7 @@ def test_margin_is_that_of_the_model(template, space, folder):  # ' Lyon', not '
 @pytest.mark.parametrize("lead", [None, tokenizers.normalizers.Prepend(" ")])  # as Llama 2's does
 def test_a_saved_template_gives_the_ids_of_training(lead, template, adds_bos, tokenizer, tmp_path):
     mine = AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
-    mine.backend_tokenizer.normalizer = lead
+    mine.unk_token, mine.backend_tokenizer.normalizer = mine.eos_token, lead  # GPT-2's is its end
     mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "auto" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
@@ -393,12 +393,11 @@ def test_a_saved_template_gives_the_ids_of_training(lead, template, adds_bos, to
     theirs = functools.partial(again.apply_chat_template, return_dict=False)
     for answer in ("://", "\nParis", " Paris", "Paris"):
         messages = question_and_answer("A context.\n\nA question?", answer)
-        [(prompt, _), (learned, supervised)], = inversion.tokenize(messages, mine)
-        assert prompt == theirs(messages[:1], add_generation_prompt=True)
-        assert supervised and learned[-1] == mine.eos_token_id
-    parts, = inversion.tokenize([*messages, HI, HELLO], mine)
-    ids = sum([part for part, _ in parts], [])
-    assert theirs([*messages, HI, HELLO])[:len(ids)] == ids and prompt.count(0) == adds_bos
+        [(prompt, _), (_, supervised)], = inversion.tokenize(messages, mine)
+        assert prompt == theirs(messages[:1], add_generation_prompt=True) and supervised
+    messages += HI, HELLO
+    ids = sum([part for part, _ in inversion.tokenize(messages, mine)[0]], [])
+    assert theirs(messages)[:len(ids)] == ids and prompt.count(0) == adds_bos
 
 
 def decoded(template, turns, tokenizer, context=""):
@@ -433,10 +432,11 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
         ["<s>[user]Hi\n[assistant]<think>\n\n</think>\n\n", "Hello</s>"]]
     empty = CHAT.replace("']'", "(']<think></think>' if m.role == 'assistant' else ']')")
     assert decoded(empty, TURNS[1:3], tokenizer)[0][0].endswith("[assistant]<think></think>")
-    eos = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"  # no token ends a turn
+    eos = bare.replace("tent", "tent + eos_token")
     assert decoded(eos, TURNS[1:], tokenizer) == [["Hi</s>", "Hello</s>", "Bye</s>", "Ciao</s>"]]
-    spaced = "{% for m in messages %}{{ ' ' + m.content }}{% endfor %}"  # no token ends a turn
-    assert decoded(spaced, TURNS[1:3], tokenizer) == [[" Hi", " Hello</s>"]]
+    assert decoded(bare.replace("m.c", "' ' + m.c"), TURNS[1:3], tokenizer)[0][1] == " Hello</s>"
+    assert decoded(bare, question_and_answer("The n", "umber"), tokenizer)[0][1] == "umber</s>"
     later = CHAT.replace("{{ eos_token }}", "").replace(  # the end shows only before a turn
         "{{ '[' +", "{{ (eos_token if m.role == 'user' and loop.index > 1 else '') + '[' +")
     assert decoded(later, TURNS[1:3], tokenizer)[0][1] == "Hello\n</s>"
@@ -659,8 +659,8 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     one, two, three = [line["loss"] for line in losses]  # the mean over the last --eval-every
     assert "loss" not in history[0] and history[1]["loss"] == approx((one + two) / 2)
     assert history[2]["loss"] == approx((two + three) / 2) and history[2]["lr"] > 0
-    assert [line["step"] for line in losses] == [1, 2, 3]
-    assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
+    assert [line["step"] for line in losses] == [1, 2, 3] and len(said) == 18
+    assert set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 
