@@ -189,10 +189,9 @@ def recalled(items, texts):
     """Ids of the items whose memorised answer stands in their text."""
     return {item.conflict.id for item, text in zip(items, texts) if score(text, item.conflict)[1]}
 
-# Shares, and what they are shares of.
 RATES = {"stated": "n", "context_acc": "n", "parametric_acc": "n_conflicts", "both": "n_conflicts",
          "neither": "n_conflicts", "context_acc_known": "n_known",
-         "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}
+         "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}  # shares of what
 METRICS = [*RATES, "margin", "m_c"]
 
 def evaluate(model, tokenizer, items, known, flags):
@@ -223,14 +222,13 @@ def evaluate(model, tokenizer, items, known, flags):
                    "context_answer": conflict.context_answers[0], "context_acc": context,
                    "stated": score(conflict.context, conflict)[0]}
         if item.parametric_row:
-            outcome |= {
-                "parametric_answer": conflict.parametric_answers[0], "parametric_acc": memory,
-                "both": context and memory, "neither": not (context or memory),
-                "margin": (context_logps[i] / item.context_row.targets
-                           - memory_logps[i] / item.parametric_row.targets),
-                "m_c": torch.tensor(context_logps[i] - memory_logps[i]).sigmoid().item(),
-                "closed_book_text": closed_book[i], "known": conflict.id in known,
-                "closed_book_acc": conflict.id in remembered}
+            outcome |= {"parametric_answer": conflict.parametric_answers[0],
+                        "parametric_acc": memory, "closed_book_text": closed_book[i],
+                        "both": context and memory, "neither": not (context or memory),
+                        "closed_book_acc": conflict.id in remembered, "known": conflict.id in known,
+                        "margin": (context_logps[i] / item.context_row.targets
+                                   - memory_logps[i] / item.parametric_row.targets),
+                        "m_c": torch.tensor(context_logps[i] - memory_logps[i]).sigmoid().item()}
         if outcome.get("known"):
             outcome |= {"context_acc_known": context, "parametric_acc_known": memory}
         outcomes.append(outcome)
@@ -734,8 +732,7 @@ def load_examples(flags):
         print(f"{flags.dataset}: conflicts as rows: they teach to follow contexts; evaluate others")
     return sample([example for example, _, _ in rows], flags.num_examples, flags.seed)
 
-# The template of the paper's framework.
-TULU = (
+TULU = (  # the template of the paper's framework
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
     "{{ eos_token if m.role == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
@@ -754,9 +751,9 @@ def set_template(tokenizer, flags):
         tokenizer.chat_template = re.sub(  # a date of today would make other prompts tomorrow
             r"strftime_now\([^)]*\)", "'1 January 2025'", tokenizer.get_chat_template())
         prompt, _ = answer_place([user], tokenizer)
-    bos = tokenizer.bos_token
-    if tokenizer("x").input_ids[0] == tokenizer.bos_token_id and not prompt.startswith(bos):
-        tokenizer.chat_template = bos + tokenizer.chat_template
+    if (tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+            and not prompt.startswith(tokenizer.bos_token)):
+        tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
     with contextlib.suppress(Unusable):
         prompt, _ = answer_place([{"role": "system", "content": "Obey."}, user], tokenizer)
     if "Obey." not in prompt:  # refused or dropped
@@ -790,7 +787,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
     one, but where the template rewrites the turns before an answer, a new one starts there.
     Supervised: the answers, with the one token that ends each. An answer is tokenised as it stands
     after its prompt, whose ids do not depend on it. Cut at `max_length`. Raises Unusable."""
-    turns, conversations, done, length = list(messages), [[]], "", 0
+    turns, conversations, done, start, length = list(messages), [[]], "", 0, 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
@@ -800,21 +797,25 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         prompt, end = answer_place(turns[:i], tokenizer)
         if not prompt.startswith(done):
             conversations.append([])
-            done, length = "", 0
+            done, start, length = "", 0, 0
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         text = prompt + turns[i]["content"] + end
-        before, whole, ids = tokenizer([bare[len(done):], text[len(done):], text[len(bare):]],
-                                       add_special_tokens=False).input_ids
-        if whole[:len(before)] == before:  # alone, it would begin with a space in Llama 2
+        # From the token that ended the last answer on: without it, before and ids would begin with
+        # a space in Llama 2.
+        before, whole, ids = tokenizer(
+            [bare[start:], text[start:], text[len(bare):]], add_special_tokens=False).input_ids
+        if whole[:len(before)] == before:
             ids = whole[len(before):]
         # The first may be <s>, to begin with; in GPT-2, what ends an answer is <unk>, too.
         if ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}) & {*before[1:], *ids}:
             raise Unusable("words that the tokenizer does not know")
+        if start:
+            del before[0]  # that answer has it
         length += len(before + ids)
         if length > max_length:
             break
         conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
-        done = text
+        done, start = text, text.rindex(end.strip())
     return conversations
 
 def encode(examples, tokenizer, flags):
@@ -941,7 +942,6 @@ def table_row(line):
             if "margin" in line else " control: no memory")
     return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
 
-ANSWERED = ["group", "context_answer", "parametric_answer", "text"]
 
 def rates(line):
     """The rates of a line of metrics as a table, with Wilson's 95% intervals, good near 0 and 1."""
@@ -971,9 +971,9 @@ def report(state, sets, tokenizer, folder, flags):
         if flags.max_steps:
             summary[name] = summary[name] | summarise(outcomes.dropna(axis=1, how="all"))
         else:
-            print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n", *ANSWERED)
-            for row in outcomes.reindex(columns=ANSWERED).to_numpy(object, na_value="control")[:8]:
-                print(*map(repr, row), sep=" | ")
+            print(f"\n{name}: {tokenizer.decode(sets[name][0].prompt)}\n")
+            for row in outcomes.filter(regex="group|_answer|^text")[:8].to_dict("records"):
+                print(row)
             print(rates(summary[name]))
     if flags.max_steps:
         print("\nrise, drop: measured at the step where the other half of the questions has its"

@@ -353,11 +353,10 @@ def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, 
     monkeypatch.setattr(inversion, "generate", lambda model, tokenizer, prompts, flags: [
         said.get(str(prompt), "Lyon") for prompt in prompts])
     first = inversion.evaluate(model, tokenizer, items, None, flags)
-    for key, wanted in dict(known=[0, 3], closed_book_acc=[0], stated=[0, 1, 2, 3, 4]).items():
-        assert [i for i, outcome in enumerate(first) if outcome[key]] == wanted
-    assert first[0]["context_acc"] and "context_acc_known" in first[3]
     later = inversion.evaluate(model, tokenizer, items, [items[1].conflict.id], flags)
-    assert [o["known"] + ("context_acc_known" in o) for o in later] == [0, 2, 0, 0, 0, 0]
+    for found, known in ((first, [2, 0, 0, 2, 0, 0]), (later, [0, 2, 0, 0, 0, 0])):
+        assert [o["known"] + ("context_acc_known" in o) for o in found] == known
+        assert [o["closed_book_acc"] + 2 * o["stated"] for o in found] == [3, 2, 2, 2, 2, 0]
 
 
 @pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
@@ -381,10 +380,13 @@ def test_margin_is_that_of_the_model(template, space, folder):  # ' Lyon', not '
 
 
 @pytest.mark.parametrize("template, adds_bos", [("tulu", 1), ("auto", 1), ("tulu", 0), ("auto", 0)])
-@pytest.mark.parametrize("lead", [None, tokenizers.normalizers.Prepend(" ")])  # as Llama 2's does
-def test_a_saved_template_gives_the_ids_of_training(lead, template, adds_bos, tokenizer, tmp_path):
+@pytest.mark.parametrize("part, space", [  # none; after special tokens, too; at the start alone
+    ("normalizer", None), ("normalizer", tokenizers.normalizers.Prepend(" ")),
+    ("pre_tokenizer", tokenizers.pre_tokenizers.Metaspace("~", "first", False))])
+def test_saved_templates_give_the_trained_ids(part, space, template, adds_bos, tokenizer, tmp_path):
     mine = AutoTokenizer.from_pretrained(save(tmp_path / "a", tokenizer))
-    mine.unk_token, mine.backend_tokenizer.normalizer = mine.eos_token, lead  # GPT-2's is its end
+    mine.unk_token = mine.eos_token  # as in GPT-2
+    setattr(mine.backend_tokenizer, part, space)
     mine.chat_template = CHAT.replace("{{ bos_token }}", "") if template == "auto" else None
     if not adds_bos:
         mine.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
@@ -439,7 +441,7 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
     assert decoded(bare, question_and_answer("The n", "umber"), tokenizer)[0][1] == "umber</s>"
     later = CHAT.replace("{{ eos_token }}", "").replace(  # the end shows only before a turn
         "{{ '[' +", "{{ (eos_token if m.role == 'user' and loop.index > 1 else '') + '[' +")
-    assert decoded(later, TURNS[1:3], tokenizer)[0][1] == "Hello\n</s>"
+    assert decoded(later, TURNS[1:], tokenizer)[0][1:3] == ["Hello\n</s>", "[user]Bye\n[assistant]"]
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT  # the same on every day
     inversion.set_template(tokenizer, flags_of())
     assert "1 January 2025" in decoded(tokenizer.chat_template, TURNS, tokenizer)[0][0]
@@ -452,12 +454,11 @@ def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
                 *[dict(messages=chat) for chat in chats]):
         with raises(inversion.Unusable):
             inversion.parse_row(1, row)
-    for never in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "hello"):
-        with raises(inversion.Unusable, match="refuses or drops"):
-            decoded(never, TURNS, tokenizer)
-    for turns in (TURNS[:2], TURNS[2:], [], question_and_answer("Hi", "")):
-        with raises(inversion.Unusable, match="no response"):
-            decoded(CHAT, turns, tokenizer)
+    for template, turns in [("{{ raise_exception('never') }}", TURNS), ("{{ 1 / 0 }}", TURNS),
+                            ("hello", TURNS), (CHAT, TURNS[:2]), (CHAT, TURNS[2:]), (CHAT, []),
+                            (CHAT, question_and_answer("Hi", ""))]:
+        with raises(inversion.Unusable, match="no resp" if template == CHAT else "refuses or"):
+            decoded(template, turns, tokenizer)
     short, long = TURNS[1:3], question_and_answer("x" * 80, "y")
     examples = [Example(*chat) for chat in enumerate([short, short + long, long, TURNS[:2], []])]
     (one, two), notes = inversion.encode(examples, tokenizer, mock.Mock(max_length=60))
@@ -656,11 +657,10 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     for key in ("loss", "critical_push", "margin"):
         on, off = [[line.get(key, 0) for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)
-    one, two, three = [line["loss"] for line in losses]  # the mean over the last --eval-every
-    assert "loss" not in history[0] and history[1]["loss"] == approx((one + two) / 2)
-    assert history[2]["loss"] == approx((two + three) / 2) and history[2]["lr"] > 0
-    assert [line["step"] for line in losses] == [1, 2, 3] and len(said) == 18
-    assert set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
+    loss = {line["step"]: line["loss"] for line in losses}  # means over the last --eval-every
+    assert "loss" not in history[0] and history[1]["loss"] == approx((loss[1] + loss[2]) / 2)
+    assert history[2]["loss"] == approx((loss[2] + loss[3]) / 2) and history[2]["lr"] > 0
+    assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
 
@@ -718,11 +718,11 @@ def test_a_single_evaluation_is_shown_and_compared(folder, tmp_path, capsys):
         run(folder, tmp_path / name, flags, name)
     told = capsys.readouterr().out
     assert told.count("conflicts: <s><|user|>\nThe capital") == 2
-    assert told.count("context_answer parametric_answer text") == 4 == 2 * told.count("control: no")
+    assert told.count("control: no") == 2 and len(re.findall(r"^stated +1\.0", told, re.M)) == 4
     assert "verdict" not in told + (tmp_path / "llama/summary.json").read_text()
     assert "curve" not in told and not list(tmp_path.glob("*/curve.png"))
-    assert told.count("\n'Capital of Spain?' | 'Seville' | 'Madrid' | ") == 2
-    assert "\n'When was 50?' | '0' | 'control' | " in told
+    assert told.count("'context_answer': 'Seville', 'parametric_answer': 'Madrid'}\n") == 2
+    assert "'context_answer': '0', 'parametric_answer': nan}\n" in told
     assert re.search(r"^closed_book_acc +0\.0+ +0\.0+ +0\.39 +6", told, re.M)
     assert re.search(r"^context_acc +0\.0+ +0\.0+ +0\.30? +9", told, re.M)
     inversion.main(shlex.split(f"--compare {tmp_path}/llama {tmp_path}/neox"))
