@@ -800,8 +800,8 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
             done, start, length = "", 0, 0
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         text = prompt + turns[i]["content"] + end
-        # From the token that ended the last answer on: without it, before and ids would begin with
-        # a space in Llama 2.
+        # Alone, a part would begin with a space in Llama 2: so `before` is read after the last end,
+        # and ids after `before`, unless a token would span the two.
         before, whole, ids = tokenizer(
             [bare[start:], text[start:], text[len(bare):]], add_special_tokens=False).input_ids
         if whole[:len(before)] == before:
