@@ -189,19 +189,20 @@ def recalled(items, texts):
     """Ids of the items whose memorised answer stands in their text."""
     return {item.conflict.id for item, text in zip(items, texts) if score(text, item.conflict)[1]}
 
+# Shares, and what they are shares of.
 RATES = {"stated": "n", "context_acc": "n", "parametric_acc": "n_conflicts", "both": "n_conflicts",
          "neither": "n_conflicts", "context_acc_known": "n_known",
-         "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}  # shares of what
+         "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}
 METRICS = [*RATES, "margin", "m_c"]
 
 def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context, drawing no random number. Returns its outcomes:
     a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
 
-    context_acc, parametric_acc, both, neither: hits of score(); stated: the context is one itself.
-    closed_book_acc: memory answers without it. "known" of an item: it did so in the first
-    evaluation, in the template or to the bare question; `known`: their ids, or None then. Of the
-    answers: margin: log p(c) - log p(m), each per token; m_c (Theorem 1): p(c) / (p(c) + p(m))."""
+    context_acc, parametric_acc, both, neither: hits of score(); stated: the context has its answer.
+    closed_book_acc: the memorised answer comes without it. `known`: ids of the items of which it
+    came so in the first evaluation, in the template or to the bare question; None: this is it.
+    margin: log p(c) - log p(m), each per token; m_c (Theorem 1): p(c) / (p(c) + p(m))."""
     model.eval()  # in train mode, dropout is on and generation under checkpointing is wrong
     disputed = [item for item in items if item.parametric_row]  # the others are controls, and last
     texts = generate(model, tokenizer, [item.prompt for item in items], flags)
@@ -435,7 +436,7 @@ PROBE = 160  # rows of each kind, and conflicts, that the mechanism is measured 
 def probe_rows(model, tokenizer, examples, flags):
     """{kind: at most PROBE rows}, as in section 4.3: recall has no context; of the rows with one,
     the quarter of lowest context-free loss is redundant, the others are critical."""
-    examples = sample(examples, 800, flags.seed)  # a quarter: about PROBE
+    examples = sample(examples, 5 * PROBE, flags.seed)
     kinds = {example.id: "critical" if example.context else "recall" for example in examples}
     kinds |= dict.fromkeys(redundant_examples(model, tokenizer, examples, flags), "redundant")
     probe = {}
@@ -787,7 +788,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
     one, but where the template rewrites the turns before an answer, a new one starts there.
     Supervised: the answers, with the one token that ends each. An answer is tokenised as it stands
     after its prompt, whose ids do not depend on it. Cut at `max_length`. Raises Unusable."""
-    turns, conversations, done, start, length = list(messages), [[]], "", 0, 0
+    turns, conversations, done, last_end, length = list(messages), [[]], "", 0, 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
@@ -797,25 +798,25 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         prompt, end = answer_place(turns[:i], tokenizer)
         if not prompt.startswith(done):
             conversations.append([])
-            done, start, length = "", 0, 0
+            done, last_end, length = "", 0, 0
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         text = prompt + turns[i]["content"] + end
-        # Alone, a part would begin with a space in Llama 2: so `before` is read after the last end,
-        # and ids after `before`, unless a token would span the two.
-        before, whole, ids = tokenizer(
-            [bare[start:], text[start:], text[len(bare):]], add_special_tokens=False).input_ids
+        # Llama 2 puts a space before a text that stands alone. So `before` is read from the last
+        # answer's end on, and ids as what follows it, unless a token spans the two.
+        before, whole, ids = tokenizer([bare[last_end:], text[last_end:], text[len(bare):]],
+                                       add_special_tokens=False).input_ids
         if whole[:len(before)] == before:
             ids = whole[len(before):]
-        # The first may be <s>, to begin with; in GPT-2, what ends an answer is <unk>, too.
+        # before[0] may be <s>, <unk> of the world; of GPT-2, <unk> is what ends an answer, too.
         if ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}) & {*before[1:], *ids}:
             raise Unusable("words that the tokenizer does not know")
-        if start:
-            del before[0]  # that answer has it
+        if last_end:
+            del before[0]  # the last answer has it
         length += len(before + ids)
         if length > max_length:
             break
         conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
-        done, start = text, text.rindex(end.strip())
+        done, last_end = text, text.rindex(end.strip())
     return conversations
 
 def encode(examples, tokenizer, flags):
@@ -941,7 +942,6 @@ def table_row(line):
     row += (" {parametric_acc:11.3f} {closed_book_acc:12.3f} {margin:6.2f} {n_known:5}"
             if "margin" in line else " control: no memory")
     return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
-
 
 def rates(line):
     """The rates of a line of metrics as a table, with Wilson's 95% intervals, good near 0 and 1."""

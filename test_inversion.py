@@ -350,13 +350,13 @@ def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, 
     bare = [tokenizer(f"Question: {item.conflict.question}\nAnswer:").input_ids for item in items]
     said = {str(items[0].closed_book_prompt): "Paris", str(bare[3]): " Madrid.\nQuestion:",
             str(bare[2]): "Cusco\nLima"}
-    monkeypatch.setattr(inversion, "generate", lambda model, tokenizer, prompts, flags: [
-        said.get(str(prompt), "Lyon") for prompt in prompts])
+    monkeypatch.setattr(inversion, "generate", lambda *a: [said.get(str(p), "Lyon") for p in a[2]])
     first = inversion.evaluate(model, tokenizer, items, None, flags)
     later = inversion.evaluate(model, tokenizer, items, [items[1].conflict.id], flags)
     for found, known in ((first, [2, 0, 0, 2, 0, 0]), (later, [0, 2, 0, 0, 0, 0])):
         assert [o["known"] + ("context_acc_known" in o) for o in found] == known
-        assert [o["closed_book_acc"] + 2 * o["stated"] for o in found] == [3, 2, 2, 2, 2, 0]
+        hits = [o["closed_book_acc"] + o["context_acc"] + 9 * o["stated"] for o in found]
+        assert hits == [11, 9, 9, 9, 9, 0]
 
 
 @pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
@@ -394,10 +394,9 @@ def test_saved_templates_give_the_trained_ids(part, space, template, adds_bos, t
     again = AutoTokenizer.from_pretrained(save(tmp_path / "b", mine))
     theirs = functools.partial(again.apply_chat_template, return_dict=False)
     for answer in ("://", "\nParis", " Paris", "Paris"):
-        messages = question_and_answer("A context.\n\nA question?", answer)
-        [(prompt, _), (_, supervised)], = inversion.tokenize(messages, mine)
-        assert prompt == theirs(messages[:1], add_generation_prompt=True) and supervised
-    messages += HI, HELLO
+        messages = [*question_and_answer("A context.\n\nA question?", answer), HI, HELLO]
+        [(prompt, _), ((*_, end), supervised), *_], = inversion.tokenize(messages, mine)
+        assert end == 1 == supervised and prompt == theirs(messages[:1], add_generation_prompt=True)
     ids = sum([part for part, _ in inversion.tokenize(messages, mine)[0]], [])
     assert theirs(messages)[:len(ids)] == ids and prompt.count(0) == adds_bos
 
@@ -437,8 +436,8 @@ def test_templates_that_rewrite_think_end_turns_oddly_or_date(tokenizer):
     bare = "{% for m in messages %}{{ m.content }}{% endfor %}"  # no token ends a turn
     eos = bare.replace("tent", "tent + eos_token")
     assert decoded(eos, TURNS[1:], tokenizer) == [["Hi</s>", "Hello</s>", "Bye</s>", "Ciao</s>"]]
-    assert decoded(bare.replace("m.c", "' ' + m.c"), TURNS[1:3], tokenizer)[0][1] == " Hello</s>"
-    assert decoded(bare, question_and_answer("The n", "umber"), tokenizer)[0][1] == "umber</s>"
+    assert decoded(bare.replace("m.c", "' '+m.c"), TURNS[1:3], tokenizer) == [[" Hi", " Hello</s>"]]
+    assert decoded(bare, question_and_answer("Th", "e"), tokenizer) == [["Th", "e</s>"]]
     later = CHAT.replace("{{ eos_token }}", "").replace(  # the end shows only before a turn
         "{{ '[' +", "{{ (eos_token if m.role == 'user' and loop.index > 1 else '') + '[' +")
     assert decoded(later, TURNS[1:], tokenizer)[0][1:3] == ["Hello\n</s>", "[user]Bye\n[assistant]"]
@@ -454,10 +453,10 @@ def test_rows_that_cannot_be_used_are_dropped_cut_and_counted(tokenizer):
                 *[dict(messages=chat) for chat in chats]):
         with raises(inversion.Unusable):
             inversion.parse_row(1, row)
-    for template, turns in [("{{ raise_exception('never') }}", TURNS), ("{{ 1 / 0 }}", TURNS),
-                            ("hello", TURNS), (CHAT, TURNS[:2]), (CHAT, TURNS[2:]), (CHAT, []),
-                            (CHAT, question_and_answer("Hi", ""))]:
-        with raises(inversion.Unusable, match="no resp" if template == CHAT else "refuses or"):
+    cases = [(CHAT, turns, "no response") for turns in (TURNS[:2], TURNS[2:], [], [HI, HI])]
+    cases += [(t, TURNS, "refuses or drops") for t in (REFUSES, "{{ 1 / 0 }}", "hello")]
+    for template, turns, why in [*cases, (CHAT, question_and_answer("Hi", ""), "no response")]:
+        with raises(inversion.Unusable, match=why):
             decoded(template, turns, tokenizer)
     short, long = TURNS[1:3], question_and_answer("x" * 80, "y")
     examples = [Example(*chat) for chat in enumerate([short, short + long, long, TURNS[:2], []])]
@@ -657,9 +656,10 @@ def test_main_runs_each_remedy(remedy, rows, folder, tmp_path, capsys):
     for key in ("loss", "critical_push", "margin"):
         on, off = [[line.get(key, 0) for line in lines] for lines in (same, history)]
         assert on == approx(off, rel=1e-4)
-    loss = {line["step"]: line["loss"] for line in losses}  # means over the last --eval-every
-    assert "loss" not in history[0] and history[1]["loss"] == approx((loss[1] + loss[2]) / 2)
-    assert history[2]["loss"] == approx((loss[2] + loss[3]) / 2) and history[2]["lr"] > 0
+    means = pandas.DataFrame(losses).set_index("step").rolling(2).mean()  # --eval-every 2
+    assert "loss" not in history[0] and means.index.tolist() == [1, 2, 3] and losses[2]["lr"] > 0
+    for line in history[1:]:
+        assert [line["lr"], line["loss"]] == approx([*means.loc[line["step"], ["lr", "loss"]]])
     assert len(said) == 18 and set(said[1]) >= {"step", "set", "id", "text", "closed_book_text"}
     assert args[0]["mitigation"] == remedy and (tmp_path / "run/curve.png").stat().st_size > 5000
 
