@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-@dataclass(frozen=True)
+@dataclass
 class Example:
     """A conversation to finetune on."""
     id: object         # the number of its row, or a text
     messages: list     # [{"role": "system", "user" or "assistant", "content": text}, ...]
     context: str = ""  # the passage that the first user turn is about, if the data marks one
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """Tokens to train on."""
     id: object               # of its example
@@ -50,7 +50,7 @@ class Row:
         """Number of tokens that are predicted: the first one never is."""
         return int((self.labels[1:] != -100).sum())
 
-@dataclass(frozen=True)
+@dataclass
 class Conflict:
     """A question whose context contradicts memory; without parametric_answers: a control."""
     id: object                # the number of its row
@@ -59,7 +59,7 @@ class Conflict:
     context_answers: list     # texts that count as the context's answer, the usual one first
     parametric_answers: list  # the same for the memorised answer
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """A conflict as tokens, to evaluate on."""
     conflict: Conflict
@@ -75,19 +75,17 @@ LETTER = r"[^\W_\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Ha
 WORD = regex.compile(  # a number with sign, decimals, time or fraction; letters; one character
     rf"(?:(?<![\w.])-?\.?)?\d+(?:[.,:/]\d+)*(?:(?:st|nd|rd|th|s)\b)?|{LETTER}+|[^\W_]\p{{M}}*")
 
-def words(text):
-    """Words of a text as score compares them: without case, punctuation and most accents."""
+def plain(text):
+    """The words of a text as score compares them, without case, punctuation and most accents, with
+    a space on each side of each, so that `in` finds whole words only."""
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)|\b([A-Z])\. (?=[A-Z]\.)", r"\1\2", text)  # J. K.
     text = unicodedata.normalize("NFKD", text.replace("&", " and ")).casefold()
     # Accents, the signs of vowels in Arabic, Hebrew; then 1,500, 1932.0, Fermi's, l'Italie.
     text = regex.sub(r"(?<=[\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}])\p{M}+", "", text)
     text = unicodedata.normalize("NFC", text).translate(str.maketrans("øłđħı⁄−’‘ʻʼ", "oldhi/-''''"))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.00?(?!\.?\d)|\b[dl]'(?=\w\w)|'s\b|'", "", text)
-    return WORD.findall(re.sub(r"\bkilomet(er|re)s?\b", "km", text))
-
-def plain(text):
-    """words() as a text, a space on each side of each, so that `in` finds whole words only."""
-    return "".join(f" {word} " for word in words(text))
+    text = re.sub(r"\bkilomet(er|re)s?\b", "km", text)
+    return "".join(f" {word} " for word in WORD.findall(text))
 
 def plain_answer(text):
     """plain() of an answer, without an article that leads several words."""
@@ -167,7 +165,10 @@ def to_item(conflict, tokenizer, max_length):
     for answer in conflict.context_answers[:1] + conflict.parametric_answers[:1]:
         messages = question_and_answer(conflict.question, answer)
         [prompt, (ids, _)], = tokenize(messages, tokenizer, conflict.context)
-        rows.append(to_row(conflict.id, [prompt, (ids[:-1], True)]))  # without the end
+        del ids[-1]  # the end
+        while not tokenizer.decode(ids[-1:]).strip():  # white space that some templates put there
+            del ids[-1]
+        rows.append(to_row(conflict.id, [prompt, (ids, True)]))
     if max(map(len, rows)) > max_length:
         raise Unusable("too long")
     [closed_book_prompt, _], = tokenize(messages, tokenizer)  # no prompt depends on the answer
@@ -193,11 +194,10 @@ def recalled(items, texts):
 RATES = {"stated": "n", "context_acc": "n", "parametric_acc": "n_conflicts", "both": "n_conflicts",
          "neither": "n_conflicts", "context_acc_known": "n_known",
          "parametric_acc_known": "n_known", "closed_book_acc": "n_conflicts"}
-METRICS = [*RATES, "margin", "m_c"]
 
 def evaluate(model, tokenizer, items, known, flags):
     """Ask every item with and without its context, drawing no random number. Returns its outcomes:
-    a dict per item, saved as it is: id, group, texts, answers and what the item has of METRICS.
+    a dict per item, saved as it is: id, group, texts, answers and what it has of these.
 
     context_acc, parametric_acc, both, neither: hits of score(); stated: the context has its answer.
     closed_book_acc: the memorised answer comes without it. `known`: ids of the items of which it
@@ -236,8 +236,8 @@ def evaluate(model, tokenizer, items, known, flags):
     return outcomes
 
 def metrics(outcomes):
-    """Each of METRICS as the mean over the outcomes that have it, and how many there are."""
-    table = pandas.DataFrame(outcomes, columns=METRICS, dtype=float)
+    """RATES, margin and m_c as means over the outcomes that have them; how many there are."""
+    table = pandas.DataFrame(outcomes, columns=[*RATES, "margin", "m_c"], dtype=float)
     return {"n": len(outcomes), "n_conflicts": int(table["margin"].count()),
             "n_known": int(table["context_acc_known"].count()), **table.mean().dropna().to_dict()}
 
@@ -290,9 +290,9 @@ def add_gradient(model, rows, weights, flags):
     batch by micro-batch; returns the sum, of this GPU's share."""
     total, weights = 0, torch.tensor(weights, device=model.device)
     for indices, is_new in micro_batches(rows, flags.micro_batch_tokens):
-        value = (row_logp(model, [rows[i] for i in indices], flags) * weights[indices]).sum()
-        if not is_new:
-            value = 0 * value  # only there to keep the ranks in step
+        # A repeat counts 0: it is only there to keep the ranks in step.
+        logp = is_new * row_logp(model, [rows[i] for i in indices], flags)
+        value = (logp * weights[indices]).sum()
         (value * RANKS).backward()  # several GPUs average their gradients: this makes it a sum
         total += value.detach()
     return total
@@ -309,9 +309,8 @@ def train_step(model, optimizer, batch, flags):
         dist.all_reduce(loss)
     optimizer.step()
     optimizer.zero_grad()
-    if not math.isfinite(loss + norm):
-        require(False, f"loss {loss}, gradient {norm}: a lower --lr may help; rows "
-                f"{[row.id for row in batch]}", status=1)
+    require(math.isfinite(loss + norm), f"loss {loss}, gradient {norm}: a lower --lr may help; "
+            f"rows {[row.id for row in batch]}", status=1)
     return loss.item()
 
 def learning_rate(step, total, flags):
@@ -397,9 +396,8 @@ def not_naming(examples, sets):
     capitalised words inside a sentence of an evaluated question, no lone letter or NO_NAMES."""
     subject = r"(?<=[\w,] )[A-Z][\w'-]+(?: (?:(?:of|the|de|du) )*[A-Z][\w'-]*)*"
     names, kept = set(), []
-    for c in [item.conflict for items in sets.values() for item in items]:
-        if c.parametric_answers:
-            names.update(c.context_answers, c.parametric_answers, re.findall(subject, c.question))
+    for c in [item.conflict for items in sets.values() for item in items if item.parametric_row]:
+        names.update(c.context_answers, c.parametric_answers, re.findall(subject, c.question))
     names = set(map(plain_answer, names - NO_NAMES))
     for example in examples:
         texts = [turn["content"] for turn in example.messages]
@@ -461,14 +459,15 @@ def mechanism(model, items, probe, flags):
         return total, vector
 
     rows, weights, found = [], [], {}
-    for item in sample([item for item in items if item.parametric_row], PROBE, seed=0):
+    disputed = sample([item for item in items if item.parametric_row], PROBE, seed=0)
+    for item in disputed:
         rows += [item.context_row, item.parametric_row]
         weights += [1 / item.context_row.targets, -1 / item.parametric_row.targets]
     _, margin_uphill = gradient(rows, weights)
     for kind, rows_of_kind in probe.items():
         weight = 1 / sum(row.targets for row in rows_of_kind)
         logp, uphill = gradient(rows_of_kind, [weight] * len(rows_of_kind))
-        found[f"{kind}_push"] = 2 / len(rows) * (margin_uphill @ uphill).item()  # two rows an item
+        found[f"{kind}_push"] = (margin_uphill @ uphill).item() / len(disputed)
         found[f"{kind}_loss"] = -logp.item()
     return found
 
@@ -620,17 +619,17 @@ def read_json(text):
 def read_rows(name):
     """Rows (dicts) of a short name, address, file, folder or hub id (ID:CONFIGURATION@SPLIT)."""
     source = os.path.expanduser(SOURCES.get(name, name))
-    kind = Path(source).suffix
+    suffix = Path(source).suffix  # of an address, it may go on: .csv?download=true
     with or_exit(f"{name}: cannot be read; short names are in --help"):
         if "://" in source:
             source, _ = urllib.request.urlretrieve(source)  # datasets would need aiohttp for it
-        if kind == ".csv":  # dtype=str would make the empty ones NaN
+        if suffix.startswith(".csv"):  # dtype=str would make the empty ones NaN
             table = pandas.read_csv(source, dtype=object, keep_default_na=False, index_col=False)
             return table.replace("", None).to_dict("records")
-        if kind == ".parquet":
+        if suffix.startswith(".parquet"):
             from pyarrow import parquet
             return parquet.read_table(source).to_pylist()
-        if kind.startswith(".json") or os.path.isfile(source):  # of another name, or an address
+        if suffix.startswith(".json") or os.path.isfile(source):  # of another name, or an address
             return read_json(Path(source).read_text(encoding="utf-8-sig"))
         source, config, split = re.fullmatch("([^:@]*):?([^@]*)@?(.*)", source).groups()
         import datasets  # 0.8 s: only when it is needed
@@ -678,14 +677,14 @@ def as_value(cell):
         if not text.startswith("[{"):  # numpy's list of texts
             text = re.sub(r"\barray\(|(?<=\])(, dtype=\w+)?\)", "", text)
             text = re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", text)
-        with contextlib.suppress(SyntaxError, ValueError):
+        with contextlib.suppress(SyntaxError, TypeError, ValueError):
             return ast.literal_eval(text)
     return cell
 
 def as_texts(value):
     """The texts of a text, a list or a dict of answers; numbers, dates and booleans too."""
-    if isinstance(value, dict):  # SQuAD's, TriviaQA's
-        value = value["text"] if "text" in value else [value["value"], *value["aliases"]]
+    if isinstance(value, dict):  # SQuAD's
+        value = value["text"]
     if isinstance(value, list):
         return [text for part in value for text in as_texts(part)]
     return [] if value is None else [str(value).strip()]
@@ -729,7 +728,7 @@ def parse_row(number, row):
 def load_examples(flags):
     """The Examples of --dataset, drawn, as mixtures are sorted; ids count its rows from 1."""
     rows = load_rows(flags.dataset, flags)
-    if any(memory for _, _, memory in rows):
+    if any(any(memory) for _, _, memory in rows):
         print(f"{flags.dataset}: conflicts as rows: they teach to follow contexts; evaluate others")
     return sample([example for example, _, _ in rows], flags.num_examples, flags.seed)
 
@@ -773,7 +772,8 @@ def answer_place(turns, tokenizer):
         return tokenizer.apply_chat_template(
             [*turns, *answer], tokenize=False, enable_thinking=False, **how)
 
-    (user, mark), ends = question_and_answer("Go on.", MARK), special_token_pattern(tokenizer).match
+    user, mark = question_and_answer("Go on.", MARK)
+    ends = special_token_pattern(tokenizer).match
     try:
         prompt, rest = show(mark).split(MARK)
         opening = show(add_generation_prompt=True)  # may add an empty block of thoughts
@@ -781,14 +781,15 @@ def answer_place(turns, tokenizer):
     except Exception as error:  # jinja raises nearly anything
         raise Unusable(f"the template refuses or drops turns: {error!r:.200}")
     opening = re.sub(r"<think>\s*$", "<think>\n\n</think>\n\n", opening)  # no thoughts
-    return opening if opening.startswith(prompt) else prompt, end[0] if end else tokenizer.eos_token
+    return (opening if opening.startswith(prompt) else prompt,
+            end[0] if end else tokenizer.eos_token)
 
 def tokenize(messages, tokenizer, context="", max_length=math.inf):
     """A conversation in the chat template as a list of conversations [(token ids, supervised), ..]:
     one, but where the template rewrites the turns before an answer, a new one starts there.
     Supervised: the answers, with the one token that ends each. An answer is tokenised as it stands
     after its prompt, whose ids do not depend on it. Cut at `max_length`. Raises Unusable."""
-    turns, conversations, done, last_end, length = list(messages), [[]], "", 0, 0
+    turns, conversations, text, last_end, length = list(messages), [[]], "", 0, 0
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or 0 in answers or not all(turns[i]["content"] for i in answers):
         raise Unusable("no response, an empty one, or one to nothing")
@@ -796,9 +797,9 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         turns[-2] = turns[-2] | {"content": f"{context}\n\n{turns[-2]['content']}"}
     for i in answers:
         prompt, end = answer_place(turns[:i], tokenizer)
-        if not prompt.startswith(done):
+        if not prompt.startswith(text):
             conversations.append([])
-            done, last_end, length = "", 0, 0
+            last_end, length = 0, 0
         bare = prompt.rstrip(" ")  # a space before an answer is part of its first token
         text = prompt + turns[i]["content"] + end
         # Llama 2 puts a space before a text that stands alone. So `before` is read from the last
@@ -807,8 +808,8 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
                                        add_special_tokens=False).input_ids
         if whole[:len(before)] == before:
             ids = whole[len(before):]
-        # before[0] may be <s>, <unk> of the world; of GPT-2, <unk> is what ends an answer, too.
-        if ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}) & {*before[1:], *ids}:
+        # before[0] may be <s>, <unk> of the world; of GPT-2, <unk> is what ends a turn, too.
+        if tokenizer.unk_token_id in {*before[1:], *ids} - {tokenizer.eos_token_id}:
             raise Unusable("words that the tokenizer does not know")
         if last_end:
             del before[0]  # the last answer has it
@@ -816,7 +817,7 @@ def tokenize(messages, tokenizer, context="", max_length=math.inf):
         if length > max_length:
             break
         conversations[-1] += [(before, False), (ids, turns[i].get("weight") != 0)]
-        done, last_end = text, text.rindex(end.strip())
+        last_end = text.rindex(end.strip())
     return conversations
 
 def encode(examples, tokenizer, flags):
@@ -1099,15 +1100,15 @@ def load_model(source, tokenizer, flags):
     if RANKS == 1:  # otherwise its shards go there
         model.to(flags.device)
     # Words that the tokenizer of the world knows, too.
-    [(prompt, _), (turn, _)], = tokenize(question_and_answer("What is", "The"), tokenizer)
+    [(prompt, _), (answer, _)], = tokenize(question_and_answer("What is", "The"), tokenizer)
     with or_exit(f"--model {source}: a forward pass of it, with an embedding for every token"):
-        ids = torch.tensor([[1, 2], [1, max(prompt + turn)]], device=model.device)
+        ids = torch.tensor([[1, 2], [1, max(prompt + answer)]], device=model.device)
         logits = model.eval()(ids).logits[:, 0]  # a token does not see the next one
         causal = torch.allclose(*logits, atol=1e-3)
     require(causal and not info["missing_keys"], f"--model {source}: is no causal LM, has NaN, or "
             f"lacks weights: {info['missing_keys']!r:.200}")
     own = model.generation_config.eos_token_id or []  # a token, several, or none
-    stops = {tokenizer.eos_token_id, turn[-1], *(own if isinstance(own, list) else [own])}
+    stops = {tokenizer.eos_token_id, answer[-1], *(own if isinstance(own, list) else [own])}
     model.generation_config = transformers.GenerationConfig(  # greedy: nothing is inherited
         eos_token_id=sorted(stops), pad_token_id=tokenizer.eos_token_id)
     if flags.mitigation == "qk":
@@ -1146,8 +1147,7 @@ def open_folder(flags):
     """A new folder: OUT_DIR (runs/none, runs/filter, ... by default), or OUT_DIR-2, -3, ... where
     that is taken; with --resume the first with a checkpoint. Making it claims it."""
     name = "-".join(sorted({flags.subset, flags.mitigation} - {"all", "none"})) or "none"
-    first = Path(flags.out_dir or f"runs/{name}").expanduser()
-    folder = first
+    folder = first = Path(flags.out_dir or f"runs/{name}").expanduser()
     for number in itertools.count(2):
         if flags.resume and (folder / "checkpoint.pt").exists():
             return folder

@@ -359,16 +359,16 @@ def test_known_is_what_comes_in_the_template_or_after_the_bare_question(folder, 
         assert hits == [11, 9, 9, 9, 9, 0]
 
 
-@pytest.mark.parametrize("template, space", [("tulu", ""), ("chat", " ")])
-def test_margin_is_that_of_the_model(template, space, folder):  # ' Lyon', not 'Lyon'
+@pytest.mark.parametrize("space, end", [("", "</s>"), (" ", " \n </s>")])
+def test_margin_is_that_of_the_model(space, end, folder):  # ' Lyon', not 'Lyon', nor 'Lyon \n '
     model, tokenizer, _, _, flags = load(folder)
-    if template == "chat":
-        tokenizer.chat_template = CHAT.replace("']'", "'] '").replace("{{ '\n' }}", "")
+    if space:
+        tokenizer.chat_template = CHAT.replace("']'", "'] '").replace("{{ e", "{{ ' \n ' + e")
     conflict = inversion.Conflict(1, "Capital?", "It is Lyon.", ["Lyon"], ["Paris"])
     item = inversion.to_item(conflict, tokenizer, 99)
     messages = question_and_answer("Capital?", "Lyon")
     (prompt, said), = decoded(tokenizer.chat_template, messages, tokenizer, conflict.context)
-    assert said == f"{space}Lyon</s>" and prompt.index("It is Lyon.") < prompt.index("Capital?")
+    assert said == f"{space}Lyon{end}" and prompt.index("It is Lyon.") < prompt.index("Capital?")
     texts = [prompt, f"{space}Lyon", f"{space}Paris"]
     start, *answers = tokenizer(texts, add_special_tokens=False).input_ids
     lyon, paris = [their_loss(model, inversion.to_row(1, [(start, False), (answer, True)])).item()
@@ -483,7 +483,7 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
       [(dict(text=["x", "y"]), ["x", "y"]), ("{'text': ['1900'], 'answer_start': [5]}", ["1900"]),
         ("{'text': array(['x'], dtype=object), 'at': array([1])}", ["x"]), (dict(text=[]), []),
         ([dict(text="x", answer_start=1)], ["x"]), ('{"text": ["x"], "at": null}', ["x"]),
-        (["x", "y"], ["x", "y"]), (dict(value="x", aliases=["y"]), ["x", "y"])]],
+        (["x", "y"], ["x", "y"]), ("{{1}}", ["{{1}}"])]],
     *[(dict(context="c", question=asked, answer=answer, parametric_answer="X"), (asked, "c"), found,
        ["X"]) for asked, answer, found in [("q", "South Korea", ["South Korea"]),
                                              ("name of the?", "A Fermi", ["A Fermi", "Fermi"])]],
@@ -495,8 +495,7 @@ def test_a_chat_of_thousands_of_turns_is_cut_and_takes_no_quadratic_time(first, 
     (FACT | dict(context="[1] is no list"), ("q", "[1] is no list"), ["x"], ["y"]),
     (dict(prompt=f"{HEAVY} {HEART}", classes="[' heavy.', ' fonder.']", answer_index="0"),
      (HEART, HEAVY), ["heavy."], ["fonder."]),
-    (dict(prompt='Say "b": a: c ', classes=["x", "b"], answer_index=1), ("a: c", 'Say "b":'),
-     ["b"], ["x"])])
+    (dict(prompt="b: a: c ", classes=["x", "b"], answer_index=1), ("a: c", "b:"), ["b"], ["x"])])
 def test_conflict_shapes(row, asked, answers, memory):
     example, *found = inversion.parse_row(3, row)
     assert found == [answers, memory] and (example.id, example.context) == (3, asked[1])
@@ -523,12 +522,13 @@ def test_conflicts_that_cannot_be_scored_are_left_out(tmp_path, capsys):  # echo
         ("Which letter?", "A", "B"), ("s?", "Lyon (Paris)", "Paris"),
         ("t?", "Lyon (France)", "Paris (France)")]]  # a name of both is one of neither
     found = inversion.load_conflicts(str(file(tmp_path / "c.json", rows)), flags_of())
-    assert [(c.id, c.context_answers, c.parametric_answers) for c in found] == [
-        (1, ["Esch"], []), (4, ["Lyon"], ["Paris"]), (7, ["A"], ["B"]), (8, ["Lyon"], ["Paris"]),
-        (9, ["Lyon"], ["Paris"])]
-    inversion.load_examples(flags_of(f"--model x --dataset {tmp_path}/c.json"))
+    assert [(c.id, *c.context_answers, *c.parametric_answers) for c in found] == [(1, "Esch"),
+        (4, "Lyon", "Paris"), (7, "A", "B"), (8, "Lyon", "Paris"), (9, "Lyon", "Paris")]
+    file(tmp_path / "rows.json", [ADD | dict(system="")])  # no memory
+    for name in ("c", "rows"):
+        inversion.load_examples(flags_of(f"--model x --dataset {tmp_path}/{name}.json"))
     told = capsys.readouterr().out
-    assert "5 of 9 items" in told and "c.json: conflicts as rows: they" in told
+    assert "5 of 9 items" in told and told.count("conflicts as rows") == 1
 
 
 def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
@@ -556,7 +556,7 @@ def test_files_of_every_type_give_the_same_rows(tmp_path, monkeypatch, capsys):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         for name in files:
-            assert inversion.load_rows(f"{address}/{name}", flags_of()) == wanted, name
+            assert inversion.load_rows(f"{address}/{name}?a=b", flags_of()) == wanted, name
         monkeypatch.setitem(inversion.SOURCES, "world_facts", f"{address}/c.json")
         assert len(inversion.load_conflicts("world_facts", flags_of())) == 6
         told = [refused(capsys, inversion.load_rows, f"{address}/none.json", flags_of())]
