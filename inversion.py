@@ -495,8 +495,8 @@ def summarise(outcomes):
     if found["rise_low"] > 0:
         found["verdict"] = "a rise"
     if found["drop_low"] > 0:
-        after_a_rise = "inversion" if "margin" in outcomes else "both"  # a control has no margin
-        found["verdict"] = after_a_rise if found["rise_low"] > 0 else "a fall"
+        both = "inversion" if "margin" in outcomes else "rise and fall"  # of a control
+        found["verdict"] = both if found["rise_low"] > 0 else "a fall"
     return found
 
 # ================================================================== 6. the built-in world
@@ -941,7 +941,7 @@ def table_row(line):
     """One row of the table that stands under HEAD."""
     row = "{step:6} {short:14} {loss:7.3f} {context_acc:8.3f}"
     row += (" {parametric_acc:11.3f} {closed_book_acc:12.3f} {margin:6.2f} {n_known:5}"
-            if "margin" in line else " control: no memory")
+            if "margin" in line else " control: no conflict")
     return row.format(**{"loss": math.nan, "short": line["set"][-14:], **line})
 
 def rates(line):

@@ -306,7 +306,7 @@ def test_drop_is_measured_where_the_peak_was_not_chosen():
     runs = pandas.DataFrame([summary(*[[noise() < 0.5 for _ in range(100)] for _ in range(20)])
                              for _ in range(40)])
     assert (runs["highest"] - runs["final"]).mean() > 0.07 and abs(runs["drop"].mean()) < 0.03
-    assert runs["verdict"].isin(["both", "a fall"]).sum() <= 3
+    assert runs["verdict"].isin(["rise and fall", "a fall"]).sum() <= 3
     chance, few = random.Random(1).random, [[0] * 8, [1] * 8, [1, 0] * 4]
     runs = pandas.DataFrame([summary(*[[chance() < p for _ in range(60)] for p in (0.2, 0.8, 0.5)])
                              for _ in range(200)])
@@ -322,8 +322,8 @@ def test_verdicts():
     five, six = [summary([0] * 40, [1] * 40, [0] * 40, groups=groups) for groups in (5, 6)]
     cases = [(same, "no change shown"), (summary([0] * 40, [1, 0] * 20), "a rise"),
              (summary([1] * 40, [1, 0] * 20), "a fall"),  # from the start: no inversion
-             (summary(*evaluations, margin=0.0), "inversion"), (summary(*evaluations), "both"),
-             (five, "too few groups"), (six, "both")]  # many items, few groups
+             (summary(*evaluations, margin=0.0), "inversion"), (five, "too few groups"),
+             (summary(*evaluations), "rise and fall"), (six, "rise and fall")]  # many items
     assert [found["verdict"] for found, _ in cases] == [verdict for _, verdict in cases]
 
 
