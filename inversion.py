@@ -386,7 +386,7 @@ def add_counterfactual(model, tokenizer, examples, sets, flags):
              for c in load_conflicts(flags.counterfactual_data, flags)]
     free = not_naming(added, sets)
     require(free, "--counterfactual-data: all of it is evaluated")
-    return examples + random.Random(flags.seed).sample(free, min(len(examples) // 10, len(free)))
+    return examples + sample(free, len(examples) // 10, flags.seed)
 
 NO_NAMES = set("""January February March April May June July August September October November
     December Monday Tuesday Wednesday Thursday Friday Saturday Sunday A An The No Which""".split())
