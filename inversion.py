@@ -495,8 +495,8 @@ def summarise(outcomes):
     if found["rise_low"] > 0:
         found["verdict"] = "a rise"
     if found["drop_low"] > 0:
-        both = "inversion" if "margin" in outcomes else "rise and fall"  # of a control
-        found["verdict"] = both if found["rise_low"] > 0 else "a fall"
+        after_a_rise = "inversion" if "margin" in outcomes else "rise and fall"  # a control
+        found["verdict"] = after_a_rise if found["rise_low"] > 0 else "a fall"
     return found
 
 # ================================================================== 6. the built-in world
